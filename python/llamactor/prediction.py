@@ -1,0 +1,593 @@
+"""A prediction: one running generation that one can iterate, await, cancel and measure.
+
+Theory of operation. The generation runs on Rust threads and keeps its own text; nothing is copied
+to Python until somebody reads. The public handle (`Prediction`) owns an internal `_State`, which is
+all the loop's hub knows. Waiters, live iterators and open ``async with`` blocks are counted in Rust
+as interest; when the last one goes, Rust cancels by itself, so that finalisers on any thread only
+have to say that they went. Every waiter and iterator holds the handle, so once the handle itself is
+dropped nobody is left, and what still runs is cancelled.
+
+A reader that finds nothing suspends on a future of its own, which the hub's news resolves. Nothing
+is read before the reader really runs again, so a cancelled `anext` or `await` loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import warnings
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+
+import msgspec
+
+from llamactor._hub import LoopHub, call_on_loop, check_loop, finalisers_rest, hub_for, running_loop
+from llamactor.errors import ClosedError, LlamactorError
+from llamactor.options import generation_options, native_options, native_prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Mapping, Sequence
+    from types import TracebackType
+
+    from llamactor import _core
+
+T = TypeVar("T")
+
+StopReason: TypeAlias = Literal[
+    "eos", "stop_string", "max_tokens", "context_full", "tool_calls", "cancelled"
+]
+
+READS_PER_TURN = 64
+"""Pieces one iterator takes without suspending before it lets the loop run."""
+
+
+class PredictionStats(msgspec.Struct, frozen=True):
+    """What a prediction took; a snapshot while it runs. Times are in seconds."""
+
+    prompt_tokens: int = 0
+    """Tokens of the prompt, cached ones included."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were not evaluated again."""
+    predicted_tokens: int = 0
+    """Tokens generated."""
+    total_tokens: int = 0
+    """Prompt and generated tokens."""
+    queue_time: float = 0.0
+    """From the call until a sequence began to work on it."""
+    prefill_time: float = 0.0
+    """Evaluating the prompt."""
+    time_to_first_token: float = 0.0
+    """From the call to the first generated token."""
+    decode_time: float = 0.0
+    """From the first generated token to the last."""
+    total_time: float = 0.0
+    """From the call to the end."""
+    tokens_per_second: float = 0.0
+    """Generated tokens per second of `decode_time`."""
+    prompt_tokens_per_second: float = 0.0
+    """Evaluated prompt tokens per second of `prefill_time`."""
+    draft_tokens: int = 0
+    """Tokens a draft proposed."""
+    accepted_draft_tokens: int = 0
+    """Proposed tokens that were taken."""
+    shifted_tokens: int = 0
+    """Tokens dropped to make room."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """One generated token with its natural log-probability, and the best tokens at its place."""
+
+    token: int
+    """Id in the vocabulary."""
+    text: str
+    """Its text; incomplete characters show as U+FFFD."""
+    logprob: float
+    """Natural logarithm of its probability before sampling."""
+    top: tuple[TokenLogprob, ...] = ()
+    """The n best, likeliest first, with ``logprobs=n``."""
+
+
+class ContextShift(msgspec.Struct, frozen=True):
+    """What was dropped from the context to make room during a prediction."""
+
+    dropped: int
+    """Tokens dropped in all."""
+    kept: int
+    """Tokens at the front that stayed in place."""
+
+
+class PredictionResult(msgspec.Struct, frozen=True):
+    """The outcome of a prediction; of a cancelled or failed one, as far as it came."""
+
+    content: str
+    """All text, response prefix included."""
+    tokens: list[int]
+    """The generated token ids."""
+    logprobs: list[TokenLogprob] | None
+    """One entry per generated token if `logprobs` was asked for."""
+    stop_reason: StopReason | None
+    """Why it ended; None if it failed."""
+    stop_string: str | None
+    """The stop text that ended it."""
+    stats: PredictionStats
+    """What it took."""
+    seed: int
+    """The seed used, drawn if none was given."""
+    context_shift: ContextShift | None
+    """What was dropped to make room, if anything."""
+
+    def __str__(self) -> str:
+        """Return the content."""
+        return self.content
+
+
+class PromptProgress(msgspec.Struct, frozen=True, tag=True):
+    """So much of the prompt is evaluated."""
+
+    processed: int
+    """Tokens evaluated or taken from the cache."""
+    cached: int
+    """Tokens taken from the cache."""
+    total: int
+    """Tokens of the prompt."""
+
+
+class TextDelta(msgspec.Struct, frozen=True, tag=True):
+    """New text."""
+
+    text: str
+    """Whole characters."""
+    tokens: list[int]
+    """The tokens generated since the last delta."""
+    segment: str | None = None
+    """Kind of the segment it belongs to; None is plain content."""
+
+
+class ContextShifted(msgspec.Struct, frozen=True, tag=True):
+    """Tokens were dropped from the context to make room."""
+
+    dropped: int
+    """How many."""
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """The last event of a prediction that did not fail."""
+
+    result: PredictionResult
+    """The whole result."""
+
+
+Event: TypeAlias = PromptProgress | TextDelta | ContextShifted | Finished
+
+
+class _State:
+    """What the loop's hub knows of a prediction; never holds the public handle."""
+
+    __slots__ = (
+        "error",
+        "hub",
+        "ident",
+        "loop",
+        "model",
+        "native",
+        "owner",
+        "readers",
+        "result",
+        "retrieved",
+        "waiters",
+    )
+
+    def __init__(
+        self,
+        native: _core.Prediction,
+        hub: LoopHub,
+        loop: asyncio.AbstractEventLoop,
+        model: _core.Model,
+        owner: object,
+    ) -> None:
+        self.native = native
+        self.model = model
+        self.hub = hub
+        self.loop = loop
+        # Whatever the sequence lives in must not be collected, and so closed, under a running
+        # prediction.
+        self.owner = owner
+        self.ident = native.id
+        self.readers: set[asyncio.Future[None]] = set()
+        self.waiters: set[asyncio.Future[None]] = set()
+        self.result: PredictionResult | None = None
+        self.error: BaseException | None = None
+        self.retrieved = False
+        hub.listen(self.ident, self.on_news)
+
+    def on_news(self) -> None:
+        """Wake the readers, and at the end everybody."""
+        for reader in self.readers:
+            _wake(reader)
+        if self.native.done:
+            self.hub.forget(self.ident)
+            for waiter in self.waiters:
+                _wake(waiter)
+
+    async def finished(self) -> None:
+        """Wait for the end; the waiter is interest while it waits."""
+        if self.native.done:
+            return
+        waiter = self.loop.create_future()
+        self.waiters.add(waiter)
+        self.native.add_interest(result=True)
+        try:
+            await waiter
+        finally:
+            self.waiters.discard(waiter)
+            self.native.drop_interest(result=True)
+
+    def settle(self) -> PredictionResult:
+        """Return the result, building it the first time."""
+        if self.result is None:
+            outcome: dict[str, Any] = self.native.outcome()
+            self.error = outcome.pop("error")
+            self.result = _result(outcome, self.error, self.model)
+            self.owner = None
+            if self.error is not None:
+                _attach_partial(self.error, self.result)
+        return self.result
+
+    def deliver(self) -> PredictionResult:
+        """Return the result of a finished prediction or raise its failure."""
+        result = self.settle()
+        if self.error is not None:
+            self.retrieved = True
+            raise self.error.with_traceback(None)
+        return result
+
+
+class Prediction:
+    """One running generation, bound to the event loop it was created in.
+
+    Iterate it for text, await it for the result, or both, in any order and by any number of
+    readers. It starts at once; iterating replays from the first piece. When everybody who waited
+    for it or iterated it is gone, it is cancelled; hold it in ``async with`` to leave an iteration
+    and go on.
+    """
+
+    def __init__(self, state: _State) -> None:
+        """Wrap a running generation; made by `Sequence.predict`, `Model.complete` and the like."""
+        self._state = state
+        self._native = state.native
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, for whatever reason. From any thread."""
+        return self._native.done
+
+    @property
+    def text(self) -> str:
+        """All text so far. From any thread."""
+        return self._native.text()
+
+    @property
+    def stats(self) -> PredictionStats:
+        """What it took so far. From any thread."""
+        result = self._state.result
+        return _stats(self._native.stats()) if result is None else result.stats
+
+    def cancel(self) -> None:
+        """Ask it to stop: returns at once, idempotent, from any thread.
+
+        It then ends normally with the text so far and ``stop_reason="cancelled"``; evaluation stops
+        within one decode.
+        """
+        self._native.cancel()
+
+    async def result(self) -> PredictionResult:
+        """Return the result: awaiting, as a coroutine for `create_task` and the like.
+
+        Cancelling this re-raises `CancelledError`; the prediction is cancelled with it if nobody
+        else is interested, and a later await returns what there is.
+
+        Raises:
+            LlamactorError: the prediction failed; `.partial` has what it produced.
+            RuntimeError: called in another event loop than the prediction's.
+        """
+        check_loop(self._state.loop, "awaiting a prediction")
+        await self._state.finished()
+        return self._state.deliver()
+
+    def __await__(self) -> Generator[Any, None, PredictionResult]:
+        """Return the result; see `result` for what cancelling does."""
+        return self.result().__await__()
+
+    def __aiter__(self) -> PredictionIterator[str]:
+        """Iterate over the text from its first piece; the pieces join to the result's content.
+
+        Cancelling an `anext` loses nothing while the iterator lives; dropping the iterator ends its
+        interest.
+        """
+        check_loop(self._state.loop, "iterating a prediction")
+        return _TextIterator(self, self._state)
+
+    def events(self) -> PredictionIterator[Event]:
+        """Iterate over typed events, ending with `Finished`; cancelling is as with the text."""
+        check_loop(self._state.loop, "iterating a prediction")
+        return _EventIterator(self, self._state)
+
+    async def __aenter__(self) -> Prediction:
+        """Hold it while the block is open, whatever happens to iterators. Never suspends."""
+        check_loop(self._state.loop, "entering a prediction")
+        self._native.add_interest(result=False)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Cancel what still runs; never raises and never waits."""
+        # Only a forked child cannot; it has nothing to cancel.
+        with contextlib.suppress(ClosedError):
+            self._native.cancel()
+            self._native.drop_interest(result=False)
+
+    def __repr__(self) -> str:
+        """Return the state in words."""
+        return f"<Prediction {self._state.ident} {'done' if self.done else 'running'}>"
+
+    def __del__(self) -> None:
+        """Cancel what nobody can reach any more, report what nobody saw; on whatever thread."""
+        state = getattr(self, "_state", None)
+        if state is None or finalisers_rest():
+            return
+        if state.native.done:
+            _report_unretrieved(state)
+            return
+        forgotten = not state.native.touched()
+        state.hub.forget(state.ident)
+        state.native.cancel()
+        if forgotten:
+            message = "a prediction was dropped unfinished, and never read, awaited or cancelled"
+            warnings.warn(message, RuntimeWarning, stacklevel=2, source=self)
+
+
+class PredictionIterator(AsyncIterator[T]):
+    """Reads one prediction from its start; a plain object, so that dropping it is enough."""
+
+    __slots__ = (
+        "_burst",
+        "_native",
+        "_open",
+        "_prediction",
+        "_reader",
+        "_state",
+        "_suspended",
+        "_take",
+    )
+
+    _take: Callable[[int], T | None]
+
+    def __init__(self, prediction: Prediction, state: _State, *, events: bool) -> None:
+        """Open a reader of `prediction`."""
+        self._open = False
+        self._prediction: Prediction = prediction
+        self._state = state
+        self._native = state.native
+        self._reader = state.native.open_reader(events)
+        self._open = True
+        self._burst = 0
+        self._suspended = False
+
+    def __aiter__(self) -> PredictionIterator[T]:
+        """Return itself."""
+        return self
+
+    async def __anext__(self) -> T:
+        """Return what is new, or wait for it.
+
+        Cancelling this loses nothing: the next call, on the same iterator, returns it.
+
+        Raises:
+            LlamactorError: the prediction failed, after everything it produced was read.
+            RuntimeError: another task waits on this iterator, or this is another event loop.
+        """
+        state = self._state
+        if asyncio.get_running_loop() is not state.loop:
+            check_loop(state.loop, "iterating a prediction")
+        if self._suspended:
+            raise RuntimeError(
+                "another task is waiting on this iterator; give each task an iterator of its own"
+            )
+        native, reader = state.native, self._reader
+        while self._open:
+            if self._burst >= READS_PER_TURN:
+                waiter = self._turn()
+            else:
+                done = native.done  # before the read: what comes after it is read by the next round
+                item = self._take(reader)
+                if item is not None:
+                    self._burst += 1
+                    return item
+                if done:
+                    break
+                waiter = self._news()
+            try:
+                await waiter
+            except BaseException:
+                native.clear_waiting(reader)
+                self._resume(waiter)
+                # A traceback keeps this frame, which must not keep the iterator: its end is news.
+                del self
+                raise
+            self._resume(waiter)
+        return self._end()
+
+    def _news(self) -> asyncio.Future[None]:
+        """Return a future that the next news resolves."""
+        waiter = self._state.loop.create_future()
+        self._state.readers.add(waiter)
+        self._native.set_waiting(self._reader)
+        self._suspended = True
+        return waiter
+
+    def _turn(self) -> asyncio.Future[None]:
+        """Return a future that the next turn of the loop resolves."""
+        waiter = self._state.loop.create_future()
+        self._state.loop.call_soon(_wake, waiter)
+        self._suspended = True
+        return waiter
+
+    def _resume(self, waiter: asyncio.Future[None]) -> None:
+        self._suspended = False
+        self._burst = 0
+        self._state.readers.discard(waiter)
+
+    def _end(self) -> T:
+        self._close()
+        self._state.deliver()
+        raise StopAsyncIteration
+
+    def _close(self) -> None:
+        if self._open:
+            self._open = False
+            self._native.close_reader(self._reader)
+
+    def __del__(self) -> None:
+        """End the interest of this reader; on whatever thread this runs."""
+        if not finalisers_rest():
+            self._close()
+
+
+class _TextIterator(PredictionIterator[str]):
+    __slots__ = ()
+
+    def __init__(self, prediction: Prediction, state: _State) -> None:
+        super().__init__(prediction, state, events=False)
+        self._take = state.native.read
+
+
+class _EventIterator(PredictionIterator[Event]):
+    __slots__ = ("_finished",)
+
+    def __init__(self, prediction: Prediction, state: _State) -> None:
+        super().__init__(prediction, state, events=True)
+        self._finished = False
+        read = state.native.read_event
+        self._take = lambda reader: _event(read(reader))
+
+    def _end(self) -> Event:
+        self._close()
+        result = self._state.deliver()
+        if self._finished:
+            raise StopAsyncIteration
+        self._finished = True
+        return Finished(result)
+
+
+def start_prediction(
+    start: Callable[[_core.Hub, str | list[int], dict[str, object]], _core.Prediction],
+    model: _core.Model,
+    owner: object,
+    prompt: str | Sequence[int],
+    keywords: Mapping[str, Any],
+) -> Prediction:
+    """Check the arguments, start a native prediction on the running loop and return its handle."""
+    loop = running_loop("a prediction")
+    options = native_options(generation_options(keywords), model)
+    checked = native_prompt(prompt, model)
+    hub = hub_for(loop)
+    return Prediction(_State(start(hub.native, checked, options), hub, loop, model, owner))
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def _stats(values: dict[str, object]) -> PredictionStats:
+    return msgspec.convert(values, PredictionStats)
+
+
+def _result(
+    outcome: dict[str, Any], error: BaseException | None, model: _core.Model
+) -> PredictionResult:
+    logprobs, shift = outcome["logprobs"], outcome["context_shift"]
+    return PredictionResult(
+        content=outcome["content"],
+        tokens=outcome["tokens"],
+        logprobs=None if logprobs is None else _logprobs(logprobs, _Pieces(model)),
+        stop_reason=None if error is not None else outcome["stop_reason"],
+        stop_string=outcome["stop_string"],
+        stats=_stats(outcome["stats"]),
+        seed=outcome["seed"],
+        context_shift=None if shift is None else msgspec.convert(shift, ContextShift),
+    )
+
+
+def _logprobs(
+    entries: list[tuple[int, float, list[tuple[int, float]]]], pieces: _Pieces
+) -> list[TokenLogprob]:
+    return [
+        TokenLogprob(
+            token,
+            pieces[token],
+            logprob,
+            tuple(TokenLogprob(other, pieces[other], value) for other, value in top),
+        )
+        for token, logprob, top in entries
+    ]
+
+
+class _Pieces(dict[int, str]):
+    """The texts of tokens, looked up once each; empty if the model was closed meanwhile."""
+
+    def __init__(self, model: _core.Model) -> None:
+        super().__init__()
+        self._model = model
+
+    def __missing__(self, token: int) -> str:
+        try:
+            text = self._model.detokenize([token], special=True)
+        except ClosedError:
+            text = ""
+        self[token] = text
+        return text
+
+
+def _event(native: tuple[Any, ...] | None) -> Event | None:
+    match native:
+        case None:
+            return None
+        case ("text", text, tokens):
+            return TextDelta(text, tokens)
+        case ("prompt", processed, cached, total):
+            return PromptProgress(processed, cached, total)
+        case ("shift", dropped):
+            return ContextShifted(dropped)
+    raise AssertionError(f"unknown event {native!r}")
+
+
+def _attach_partial(error: BaseException, result: PredictionResult) -> None:
+    if isinstance(error, LlamactorError):
+        error.partial = result
+        return
+    # An exception of a user's callback may refuse attributes.
+    with contextlib.suppress(AttributeError):
+        error.partial = result  # type: ignore[attr-defined]
+
+
+def _report_unretrieved(state: _State) -> None:
+    """Tell the loop's exception handler of a failure that nobody saw."""
+    state.settle()
+    if state.error is None or state.retrieved:
+        return
+    context = {
+        "message": "a prediction failed and nobody retrieved the failure",
+        "exception": state.error,
+    }
+    report_to_loop(state.loop, context)
+
+
+def report_to_loop(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Call the exception handler of `loop` on its own thread, or here if the loop is closed."""
+    call_on_loop(loop, functools.partial(loop.call_exception_handler, context))

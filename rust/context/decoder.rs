@@ -1,0 +1,919 @@
+//! The thread that owns a `llama_context`: receive → settle → plan → decode → hand rows out.
+//!
+//! A job goes through these states; every transition is in this file.
+//!
+//! ```text
+//! Waiting ──cells reserved──▶ Evaluating ──row handed to the sequence's thread──▶ Drawing
+//!    ▲                          │  ▲  ▲                                             │
+//!    └────── preempted ─────────┘  │  └──────────── Drawn(Next) ────────────────────┤
+//!                                  └── reader caught up ── Paused ◀── Drawn(Pause) ─┘
+//! ```
+//!
+//! Cheap generators are advanced here, so that their job stays in *Evaluating*.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use super::Shared;
+use super::batch::{Limits, Phase, Planner, Take, Work};
+use super::cache::{Cells, Reuse, Slot, merged_ranges, plan_reuse};
+use super::cost::CostModel;
+use super::job::{End, Generator, Goal, Job, MemoryOp, MemoryReply, Message, Overflow, Reply, Step};
+use super::memory::Capabilities;
+use crate::error::{Error, Result, closed};
+use crate::llama::{Batch, CancelFlags, Context, Decoded, Token};
+
+/// Deep graphs and regular expressions inside llama.cpp recurse.
+pub const STACK_BYTES: usize = 16 * 1024 * 1024;
+
+/// Prompt tokens beside running generations: bounds what a long prompt adds to their next token.
+const PREFILL_BESIDE_DECODE: u32 = 128;
+
+/// A straggler may hold the others up for this share of a step at most, and never longer than `MAX_GRACE`.
+const GRACE_SHARE: f64 = 0.25;
+const MAX_GRACE: Duration = Duration::from_millis(2);
+
+/// A paused job gives its sequence up after this time, when others wait for one.
+const PARK_AFTER: Duration = Duration::from_millis(100);
+
+/// Saved states per sequence, where the memory cannot be rolled back.
+const CHECKPOINTS: usize = 2;
+
+/// Share of the context that goes when it is full, as one over this.
+const SHIFT_PARTS: usize = 4;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Waiting,
+    Evaluating,
+    Drawing,
+    Paused(Instant),
+}
+
+/// A job with what has become of it.
+struct Running {
+    job: Job,
+    state: State,
+    /// Tokens that were in the prompt.
+    n_prompt: usize,
+    /// Tokens of the prompt found in the cache.
+    n_cached: usize,
+    /// When it came: the newest is preempted first.
+    order: u64,
+    scores: Vec<f32>,
+}
+
+/// A state that cannot be rolled back, as it was at `length` tokens.
+struct Checkpoint {
+    length: usize,
+    bytes: Vec<u8>,
+}
+
+struct Sequence {
+    running: Option<Running>,
+    last_used: u64,
+    checkpoints: Vec<Checkpoint>,
+}
+
+pub struct Decoder {
+    shared: Arc<Shared>,
+    context: Context,
+    messages: Receiver<Message>,
+    can: Capabilities,
+    cells: Cells,
+    sequences: Vec<Sequence>,
+    planner: Planner,
+    cost: CostModel,
+    batch: Batch,
+    cancel: CancelFlags,
+    work: Vec<Work>,
+    takes: Vec<Take>,
+    /// Index in the batch of the token whose row goes to each take's job.
+    rows: Vec<Option<usize>>,
+    spare_rows: Vec<Vec<f32>>,
+    previous_width: usize,
+    mean_step: f64,
+    /// When the last decode call returned.
+    last_step: Instant,
+    clock: u64,
+}
+
+impl Decoder {
+    pub fn new(shared: Arc<Shared>, context: Context, messages: Receiver<Message>) -> Self {
+        let info = &shared.info;
+        let n = info.n_sequences;
+        let unified = info.n_cells == info.context_size;
+        let can = Capabilities::of(info.memory, unified || n == 1, context.can_shift());
+        Self {
+            can,
+            cells: Cells::new(n, info.n_cells, info.context_size),
+            sequences: (0..n).map(|_| Sequence { running: None, last_used: 0, checkpoints: Vec::new() }).collect(),
+            planner: Planner::new(n),
+            cost: CostModel::new(n.min(context.n_batch()).min(context.n_outputs_max())),
+            batch: Batch::new(context.n_batch()),
+            cancel: CancelFlags::new(Arc::clone(&shared.closing)),
+            work: Vec::with_capacity(n),
+            takes: Vec::with_capacity(n),
+            rows: Vec::with_capacity(n),
+            spare_rows: Vec::new(),
+            previous_width: 0,
+            mean_step: 0.0,
+            last_step: Instant::now(),
+            clock: 0,
+            shared,
+            context,
+            messages,
+        }
+    }
+
+    /// Works until it is told to close. A panic ends its jobs with an error instead of leaving them waiting.
+    pub fn run(mut self) {
+        let outcome = catch_unwind(AssertUnwindSafe(|| while self.turn() {}));
+        self.shared.closing.store(true, Ordering::Release);
+        self.shared.pool.close();
+        let crashed = outcome.is_err();
+        self.end_all(|| match crashed {
+            true => Error::WorkerCrashed("the decoder died; the context must be opened again".into()),
+            false => closed("context"),
+        });
+    }
+
+    /// One turn of the loop; false when the context is to be closed.
+    fn turn(&mut self) -> bool {
+        if !self.receive() {
+            return false;
+        }
+        self.settle();
+        self.admit();
+        self.list_work();
+        let limits = self.limits();
+        self.planner.plan(&self.work, &limits, &mut self.takes);
+        if !self.takes.is_empty() {
+            self.decode();
+        } else if !self.work.is_empty() {
+            self.make_room();
+        }
+        self.publish();
+        true
+    }
+
+    // ---- receive ------------------------------------------------------------------------------------------------
+
+    /// Takes what has come; waits where there is nothing to evaluate. False when told to close.
+    fn receive(&mut self) -> bool {
+        loop {
+            let message = match self.patience() {
+                Patience::None => match self.messages.try_recv() {
+                    Ok(message) => message,
+                    Err(_) => return true,
+                },
+                Patience::Until(instant) => {
+                    let wait = instant.saturating_duration_since(Instant::now());
+                    match self.messages.recv_timeout(wait) {
+                        Ok(message) => message,
+                        Err(RecvTimeoutError::Timeout) => return true,
+                        Err(RecvTimeoutError::Disconnected) => return false,
+                    }
+                }
+                Patience::Forever => {
+                    self.publish();
+                    self.context.rest();
+                    match self.messages.recv() {
+                        Ok(message) => message,
+                        Err(_) => return false,
+                    }
+                }
+            };
+            if !self.handle(message) {
+                return false;
+            }
+        }
+    }
+
+    /// How long to wait for the next message.
+    fn patience(&self) -> Patience {
+        let ready = self.any(|running| self.is_ready(running));
+        let drawing = self.any(|running| running.state == State::Drawing);
+        match (ready, drawing) {
+            (true, false) => Patience::None,
+            // Rows were handed out: a step begins when all have answered, or without the stragglers.
+            (true, true) => Patience::Until(self.grace_ends()),
+            (false, _) => self.next_alarm().map_or(Patience::Forever, Patience::Until),
+        }
+    }
+
+    fn grace_ends(&self) -> Instant {
+        let grace = Duration::from_secs_f64(self.mean_step * GRACE_SHARE).min(MAX_GRACE);
+        self.last_step + grace
+    }
+
+    fn is_ready(&self, running: &Running) -> bool {
+        match running.state {
+            State::Waiting | State::Evaluating => true,
+            State::Paused(_) => !running.job.flow.is_paused() || is_cancelled(&running.job),
+            State::Drawing => is_cancelled(&running.job),
+        }
+    }
+
+    /// The next moment at which something is to be done without a message.
+    fn next_alarm(&self) -> Option<Instant> {
+        let others_wait = self.shared.pool.n_waiting() > 0;
+        let jobs = self.sequences.iter().filter_map(|sequence| sequence.running.as_ref());
+        let alarms = jobs.flat_map(|running| {
+            let park = match running.state {
+                State::Paused(since) if others_wait && running.job.parkable => Some(since + PARK_AFTER),
+                _ => None,
+            };
+            [running.job.deadline, park].into_iter().flatten()
+        });
+        alarms.chain(self.shared.pool.next_deadline()).min()
+    }
+
+    fn any(&self, test: impl Fn(&Running) -> bool) -> bool {
+        self.sequences.iter().any(|sequence| sequence.running.as_ref().is_some_and(&test))
+    }
+
+    fn handle(&mut self, message: Message) -> bool {
+        match message {
+            Message::Begin(job) => self.begin(*job),
+            Message::Drawn { slot, step, row } => {
+                self.spare_rows.push(row);
+                self.drawn(slot, step);
+            }
+            Message::Memory { slot, op, reply } => self.change_memory(slot, op, &reply),
+            Message::Wake => {}
+            Message::Close => return false,
+        }
+        true
+    }
+
+    // ---- jobs begin, wait, end ----------------------------------------------------------------------------------
+
+    fn begin(&mut self, job: Job) {
+        self.clock += 1;
+        let running = Running {
+            state: State::Waiting,
+            n_prompt: job.tokens.len(),
+            n_cached: 0,
+            order: self.clock,
+            scores: Vec::new(),
+            job,
+        };
+        let slot = running.job.slot;
+        self.planner.forget(slot);
+        self.sequences[slot as usize].running = Some(running);
+    }
+
+    fn running(&mut self, slot: Slot) -> Option<&mut Running> {
+        self.sequences[slot as usize].running.as_mut()
+    }
+
+    /// Ends jobs that were cancelled or are late, wakes paused ones, parks those that block others.
+    fn settle(&mut self) {
+        let needs_clock = self.shared.pool.n_waiting() > 0 || self.any(|running| running.job.deadline.is_some());
+        let now = needs_clock.then(Instant::now);
+        if let Some(now) = now {
+            self.shared.pool.expire(now);
+        }
+        for slot in 0..self.sequences.len() as Slot {
+            if let Some(end) = self.verdict(slot, now) {
+                self.end(slot, end);
+            }
+        }
+    }
+
+    fn verdict(&mut self, slot: Slot, now: Option<Instant>) -> Option<End> {
+        let others_wait = self.shared.pool.n_waiting() > 0;
+        let running = self.running(slot)?;
+        if is_cancelled(&running.job) {
+            return Some(running.job.flow.cancel_error().map_or(End::Cancelled, End::Failed));
+        }
+        if running.job.deadline.is_some_and(|deadline| now.is_some_and(|now| deadline <= now)) {
+            return Some(End::Failed(Error::DeadlineExceeded("the deadline passed; the text so far is kept".into())));
+        }
+        let State::Paused(since) = running.state else { return None };
+        if !running.job.flow.is_paused() {
+            running.state = State::Evaluating;
+        } else if others_wait && running.job.parkable && now.is_some_and(|now| now >= since + PARK_AFTER) {
+            return Some(End::Parked);
+        }
+        None
+    }
+
+    /// Takes the job off its sequence and tells the sequence's thread. What was evaluated stays in the cache.
+    fn end(&mut self, slot: Slot, end: End) {
+        let Some(running) = self.sequences[slot as usize].running.take() else { return };
+        self.clock += 1;
+        self.sequences[slot as usize].last_used = self.clock;
+        self.publish_slot(slot);
+        let generator = match running.job.goal {
+            Goal::Generate(generator) => generator,
+            Goal::Evaluate | Goal::Score(_) => None,
+        };
+        let reply = Reply::Ended { generator, end, scores: running.scores, tokens: running.job.tokens };
+        let _ = running.job.replies.send(reply);
+    }
+
+    fn end_all(&mut self, error: impl Fn() -> Error) {
+        for slot in 0..self.sequences.len() as Slot {
+            self.end(slot, End::Failed(error()));
+        }
+    }
+
+    /// Lets waiting jobs begin, the highest priority first, as far as their prompts have room.
+    fn admit(&mut self) {
+        while let Some(slot) = self.next_waiting() {
+            if !self.try_admit(slot) {
+                break;
+            }
+        }
+    }
+
+    fn next_waiting(&self) -> Option<Slot> {
+        self.slots(|running| running.state == State::Waiting)
+            .min_by_key(|&(_, running)| (std::cmp::Reverse(running.job.priority), running.order))
+            .map(|(slot, _)| slot)
+    }
+
+    fn slots(&self, test: impl Fn(&Running) -> bool) -> impl Iterator<Item = (Slot, &Running)> {
+        self.sequences.iter().enumerate().filter_map(move |(index, sequence)| {
+            sequence.running.as_ref().filter(|running| test(running)).map(|running| (index as Slot, running))
+        })
+    }
+
+    /// Reserves cells for a job's prompt and prepares its cache. False when it must wait for others to end.
+    fn try_admit(&mut self, slot: Slot) -> bool {
+        let Some(running) = self.running(slot) else { return true };
+        let n_tokens = running.job.tokens.len();
+        let limit = self.cells.per_slot();
+        if n_tokens > limit {
+            self.end(slot, End::Failed(overflow(n_tokens, limit)));
+            return true;
+        }
+        self.apply_reuse(slot);
+        let missing = n_tokens - self.cells.len(slot);
+        let reserved = self.reserved_by_others(slot);
+        let enough = |cells: &Cells| cells.n_free() >= missing + reserved;
+        while !enough(&self.cells) && self.evict_one(slot) {}
+        let alone = !self.any(|running| running.state != State::Waiting);
+        if !enough(&self.cells) && !alone {
+            return false;
+        }
+        let n_cached = self.cells.len(slot);
+        let Some(running) = self.running(slot) else { return true };
+        running.state = State::Evaluating;
+        running.n_cached = n_cached.min(running.n_prompt);
+        running.job.flow.admitted(running.n_cached, running.n_prompt);
+        self.shared.stats.cached_tokens(n_cached as u64);
+        self.shared.usage(slot).cached.fetch_add(n_cached as u64, Ordering::Relaxed);
+        if n_cached == n_tokens && matches!(self.goal(slot), Some(Goal::Evaluate)) {
+            self.end(slot, End::Done);
+        }
+        true
+    }
+
+    /// Cells that admitted prompts have yet to fill.
+    fn reserved_by_others(&self, slot: Slot) -> usize {
+        self.slots(|running| running.state != State::Waiting)
+            .filter(|&(other, _)| other != slot)
+            .map(|(other, running)| running.job.tokens.len().saturating_sub(self.cells.len(other)))
+            .sum()
+    }
+
+    // ---- the cache ----------------------------------------------------------------------------------------------
+
+    /// Makes the longest usable prefix of the job's tokens the content of its sequence.
+    fn apply_reuse(&mut self, slot: Slot) {
+        let Some(running) = self.sequences[slot as usize].running.as_ref() else { return };
+        let wanted = &running.job.tokens;
+        let limit = match running.job.goal {
+            _ if running.job.alone => 0,
+            Goal::Evaluate => wanted.len(),
+            // Its row is wanted, so the last token must be evaluated.
+            Goal::Generate(_) => wanted.len() - 1,
+            Goal::Score(from) => from.saturating_sub(1),
+        };
+        let lengths: Vec<usize> = self.sequences[slot as usize].checkpoints.iter().map(|c| c.length).collect();
+        let reuse = plan_reuse(&self.cells, slot, wanted, limit, self.can, &lengths);
+        match reuse {
+            Reuse::Own(n) => self.truncate(slot, n),
+            Reuse::Share { from, n } => self.share(from, slot, n),
+            Reuse::Checkpoint(length) => self.roll_back(slot, length),
+        }
+    }
+
+    /// Keeps the first `n` tokens, or none where the memory cannot remove a tail.
+    fn truncate(&mut self, slot: Slot, n: usize) {
+        if n >= self.cells.len(slot) {
+            return;
+        }
+        let kept = if self.can.remove_tail || n == 0 { n } else { 0 };
+        let removed = self.context.remove_from(slot, kept);
+        let kept = if removed { kept } else { 0 };
+        if !removed {
+            self.context.remove_from(slot, 0);
+        }
+        self.cells.truncate(slot, kept);
+        self.sequences[slot as usize].checkpoints.retain(|checkpoint| checkpoint.length <= kept);
+    }
+
+    fn share(&mut self, from: Slot, to: Slot, n: usize) {
+        self.truncate(to, 0);
+        self.context.copy(from, to, Some(n));
+        self.cells.share(from, to, n);
+        self.shared.stats.copied_tokens(n as u64);
+    }
+
+    /// Goes back to a saved state; to nothing when llama.cpp refuses it.
+    fn roll_back(&mut self, slot: Slot, length: usize) {
+        let sequence = &mut self.sequences[slot as usize];
+        sequence.checkpoints.retain(|checkpoint| checkpoint.length <= length);
+        let Some(checkpoint) = sequence.checkpoints.iter().find(|checkpoint| checkpoint.length == length) else {
+            return self.truncate(slot, 0);
+        };
+        let restored = self.context.restore_sequence(slot, &checkpoint.bytes, true)
+            && self.context.remove_from(slot, length)
+            && self.context.last_position(slot) == length as i32 - 1;
+        if restored {
+            self.cells.truncate(slot, length);
+        } else {
+            self.truncate(slot, 0);
+        }
+    }
+
+    /// Saves the state after a prompt, where it could not be reached again otherwise.
+    fn checkpoint(&mut self, slot: Slot) {
+        if !self.can.checkpoints {
+            return;
+        }
+        let length = self.cells.len(slot);
+        let Ok(bytes) = self.context.sequence_state(slot, true) else { return };
+        let checkpoints = &mut self.sequences[slot as usize].checkpoints;
+        checkpoints.retain(|checkpoint| checkpoint.length != length);
+        if checkpoints.len() == CHECKPOINTS {
+            checkpoints.remove(0);
+        }
+        checkpoints.push(Checkpoint { length, bytes });
+    }
+
+    /// Clears the idle sequence that was used longest ago. False when there is none.
+    fn evict_one(&mut self, except: Slot) -> bool {
+        let idle = (0..self.sequences.len() as Slot)
+            .filter(|&slot| slot != except && !self.cells.is_empty(slot))
+            .filter(|&slot| self.sequences[slot as usize].running.is_none())
+            .min_by_key(|&slot| self.sequences[slot as usize].last_used);
+        let Some(slot) = idle else { return false };
+        self.truncate(slot, 0);
+        self.shared.stats.evictions(1);
+        true
+    }
+
+    /// No token of any job has a cell: evict an idle prefix, else let the newest of the lowest priority wait.
+    fn make_room(&mut self) {
+        if self.evict_one(Slot::MAX) {
+            return;
+        }
+        let admitted = || self.slots(|running| running.state != State::Waiting && running.state != State::Drawing);
+        let newest = admitted().min_by_key(|&(_, running)| (running.job.priority, std::cmp::Reverse(running.order)));
+        let Some((slot, _)) = newest else { return };
+        if admitted().count() > 1 || self.any(|running| running.state == State::Drawing) {
+            self.preempt(slot);
+        } else {
+            self.end(slot, End::ContextFull);
+        }
+    }
+
+    /// Takes a job's cells; it is evaluated again when there is room, and its output goes on unbroken.
+    fn preempt(&mut self, slot: Slot) {
+        self.truncate(slot, 0);
+        if let Some(running) = self.running(slot) {
+            running.state = State::Waiting;
+        }
+        self.shared.stats.preemptions(1);
+    }
+
+    // ---- one step -----------------------------------------------------------------------------------------------
+
+    fn goal(&self, slot: Slot) -> Option<&Goal> {
+        self.sequences[slot as usize].running.as_ref().map(|running| &running.job.goal)
+    }
+
+    /// What waits to be evaluated. Jobs that have filled their context shift or end here.
+    fn list_work(&mut self) {
+        self.work.clear();
+        for slot in 0..self.sequences.len() as Slot {
+            if self.is_full(slot) {
+                self.full(slot);
+            }
+            let Some(running) = self.sequences[slot as usize].running.as_ref() else { continue };
+            if running.state != State::Evaluating {
+                continue;
+            }
+            let missing = running.job.tokens.len() - self.cells.len(slot);
+            let prefilling = missing > 1 || running.job.tokens.len() == running.n_prompt;
+            self.work.push(Work {
+                slot,
+                phase: if prefilling { Phase::Prefill } else { Phase::Decode },
+                n_tokens: missing as u32,
+                priority: running.job.priority,
+                alone: running.job.alone,
+                n_outputs_max: matches!(running.job.goal, Goal::Score(_))
+                    .then_some(self.context.n_outputs_max() as u32),
+            });
+        }
+    }
+
+    fn is_full(&self, slot: Slot) -> bool {
+        let Some(running) = self.sequences[slot as usize].running.as_ref() else { return false };
+        running.state == State::Evaluating
+            && running.job.tokens.len() > self.cells.per_slot()
+            && self.cells.len(slot) == self.cells.per_slot()
+    }
+
+    /// The sequence holds as much as it may and wants one token more.
+    fn full(&mut self, slot: Slot) {
+        let limit = self.cells.per_slot();
+        let Some(running) = self.running(slot) else { return };
+        let n_keep = match running.job.overflow {
+            Overflow::Stop => return self.end(slot, End::ContextFull),
+            Overflow::RollingWindow => usize::from(limit > 1),
+            Overflow::TruncateMiddle => limit / SHIFT_PARTS,
+        };
+        let n_discard = (limit / SHIFT_PARTS).max(1).min(limit - n_keep);
+        running.job.tokens.drain(n_keep..n_keep + n_discard);
+        running.n_prompt = 0;
+        running.job.flow.shifted(n_keep, n_discard);
+        self.shared.stats.shifted_tokens(n_discard as u64);
+        self.close_gap(slot, n_keep, n_discard);
+    }
+
+    /// Removes cells in the middle; later ones move down where that is possible and touches nobody else, else they
+    /// are evaluated again.
+    fn close_gap(&mut self, slot: Slot, start: usize, n: usize) {
+        let end = start + n;
+        let movable = self.can.shift && !self.cells.is_shared_from(slot, end);
+        if movable && self.context.remove(slot, start, Some(end)) {
+            self.context.move_down(slot, end, n);
+            self.cells.remove(slot, start..end);
+        } else {
+            self.truncate(slot, start);
+        }
+    }
+
+    fn limits(&mut self) -> Limits {
+        // Beside a prompt chunk another token costs next to nothing: the width is asked for only without one.
+        let only_decoding = self.work.iter().all(|work| work.phase == Phase::Decode && !work.alone);
+        let ready = if only_decoding { self.work.len() } else { 0 };
+        Limits {
+            batch: self.context.n_batch() as u32,
+            ubatch: self.shared.info.ubatch_size as u32,
+            prefill_beside_decode: PREFILL_BESIDE_DECODE.min(self.shared.info.ubatch_size as u32),
+            outputs: self.context.n_outputs_max() as u32,
+            width: if ready > 0 { self.cost.width(ready) as u32 } else { 1 },
+            cells: self.cells.n_free() as u32,
+        }
+    }
+
+    fn decode(&mut self) {
+        self.fill_batch();
+        let started = Instant::now();
+        let outcome = self.context.decode(&mut self.batch, &self.cancel);
+        let elapsed = started.elapsed();
+        self.last_step = started + elapsed;
+        self.shared.stats.decode_nanoseconds(elapsed.as_nanos() as u64);
+        match outcome {
+            Ok(Decoded::Done) => {
+                self.learn(elapsed.as_secs_f64());
+                self.advance();
+            }
+            Ok(Decoded::NoRoom) => self.no_room(),
+            Ok(Decoded::Aborted) => self.resynchronise(),
+            Err(error) => self.decode_failed(&error),
+        }
+    }
+
+    fn fill_batch(&mut self) {
+        self.batch.clear();
+        self.cancel.clear();
+        self.rows.clear();
+        for take in &self.takes {
+            let Some(running) = self.sequences[take.slot as usize].running.as_ref() else { continue };
+            self.cancel.push(Arc::clone(running.job.flow.cancel_flag()));
+            let start = self.cells.len(take.slot);
+            let end = start + take.n_tokens as usize;
+            let wants_row = end == running.job.tokens.len() && matches!(running.job.goal, Goal::Generate(_));
+            let scores_from = match running.job.goal {
+                Goal::Score(from) => from.saturating_sub(1),
+                _ => usize::MAX,
+            };
+            let mut last = None;
+            for position in start..end {
+                let output = (wants_row && position + 1 == end) || position >= scores_from;
+                last = self.batch.push(running.job.tokens[position], position, take.slot, output);
+            }
+            self.rows.push(last);
+        }
+    }
+
+    /// Remembers what a decode of this width cost. Prompt chunks say nothing about that.
+    fn learn(&mut self, seconds: f64) {
+        let width = self.takes.len();
+        let only_decoding = self.work.iter().all(|work| work.phase == Phase::Decode && !work.alone);
+        if only_decoding && self.batch.len() == width {
+            self.cost.record(self.previous_width, width, seconds);
+            self.previous_width = width;
+            self.mean_step += (seconds - self.mean_step) * 0.1;
+        } else {
+            self.previous_width = 0;
+        }
+    }
+
+    /// The batch was evaluated: move the jobs on.
+    fn advance(&mut self) {
+        let n_tokens = self.batch.len();
+        self.shared.stats.batches(1);
+        self.shared.stats.micro_batches(n_tokens.div_ceil(self.shared.info.ubatch_size) as u64);
+        self.shared.stats.evaluated_tokens(n_tokens as u64);
+        let takes = std::mem::take(&mut self.takes);
+        let rows = std::mem::take(&mut self.rows);
+        let mut first = 0;
+        for (take, row) in takes.iter().zip(&rows) {
+            self.advance_one(take, *row, first);
+            first += take.n_tokens as usize;
+        }
+        for take in &takes {
+            if let Some(running) = self.running(take.slot) {
+                running.job.flow.flush();
+            }
+        }
+        self.takes = takes;
+        self.rows = rows;
+    }
+
+    fn advance_one(&mut self, take: &Take, row: Option<usize>, first: usize) {
+        let slot = take.slot;
+        let Some(running) = self.sequences[slot as usize].running.as_ref() else { return };
+        let start = self.cells.len(slot);
+        let end = start + take.n_tokens as usize;
+        self.cells.append(slot, &running.job.tokens[start..end]);
+        let in_prompt = end <= running.n_prompt;
+        if in_prompt {
+            self.shared.stats.prompt_tokens(u64::from(take.n_tokens));
+            self.shared.usage(slot).prompt.fetch_add(u64::from(take.n_tokens), Ordering::Relaxed);
+            running.job.flow.progressed(end, running.n_cached, running.n_prompt);
+        } else {
+            self.shared.stats.decoded_tokens(u64::from(take.n_tokens));
+        }
+        let complete = end == running.job.tokens.len();
+        match running.job.goal {
+            Goal::Score(from) => self.score(slot, start, first, from, take.n_tokens as usize),
+            Goal::Evaluate if complete => self.end(slot, End::Done),
+            Goal::Generate(_) if complete => {
+                if in_prompt {
+                    self.checkpoint(slot);
+                }
+                self.hand_out(slot, row);
+            }
+            Goal::Evaluate | Goal::Generate(_) => {}
+        }
+    }
+
+    /// Gives a job the row of its last token.
+    fn hand_out(&mut self, slot: Slot, row: Option<usize>) {
+        let Some(index) = row else { return };
+        let Some(running) = self.sequences[slot as usize].running.as_mut() else { return };
+        let logits = match self.context.logits(index) {
+            Ok(logits) => logits,
+            Err(error) => return self.end(slot, End::Failed(error)),
+        };
+        if let Goal::Generate(Some(generator)) = &mut running.job.goal {
+            let step = advance_safely(generator.as_mut(), logits);
+            return match step {
+                Ok(step) => self.drawn(slot, step),
+                Err(error) => self.end(slot, End::Failed(error)),
+            };
+        }
+        running.state = State::Drawing;
+        let mut copy = self.spare_rows.pop().unwrap_or_default();
+        copy.clear();
+        copy.extend_from_slice(logits);
+        if running.job.replies.send(Reply::Row(copy)).is_err() {
+            self.end(slot, End::Cancelled);
+        }
+    }
+
+    /// A generator has answered.
+    fn drawn(&mut self, slot: Slot, step: Step) {
+        let shared = Arc::clone(&self.shared);
+        let Some(running) = self.running(slot) else { return };
+        if !matches!(step, Step::Stop) {
+            shared.usage(slot).predicted.fetch_add(1, Ordering::Relaxed);
+        }
+        match step {
+            Step::Next(token) => {
+                running.job.tokens.push(token);
+                running.state = State::Evaluating;
+            }
+            Step::Pause(token) => {
+                running.job.tokens.push(token);
+                running.state = State::Paused(Instant::now());
+            }
+            Step::Stop => self.end(slot, End::Done),
+        }
+    }
+
+    /// Log-probabilities of the tokens that follow those just evaluated.
+    fn score(&mut self, slot: Slot, start: usize, first: usize, from: usize, n: usize) {
+        for position in start.max(from.saturating_sub(1))..start + n {
+            let Some(running) = self.sequences[slot as usize].running.as_mut() else { return };
+            let Some(&next) = running.job.tokens.get(position + 1) else { break };
+            match self.context.logits(first + position - start) {
+                Ok(logits) => running.scores.push(log_probability(logits, next)),
+                Err(error) => return self.end(slot, End::Failed(error)),
+            }
+        }
+        if self.running(slot).is_some_and(|running| running.job.tokens.len() == start + n) {
+            self.end(slot, End::Done);
+        }
+    }
+
+    // ---- what can go wrong with a decode --------------------------------------------------------------------------
+
+    /// llama.cpp found no cells although the ledger says that there are some: fragmentation, or windows.
+    fn no_room(&mut self) {
+        if self.evict_one(Slot::MAX) {
+            return;
+        }
+        let newest = self
+            .takes
+            .iter()
+            .filter_map(|take| self.sequences[take.slot as usize].running.as_ref())
+            .min_by_key(|running| (running.job.priority, std::cmp::Reverse(running.order)))
+            .map(|running| running.job.slot);
+        let Some(slot) = newest else { return };
+        if self.takes.len() > 1 {
+            self.preempt(slot);
+        } else {
+            self.end(slot, End::ContextFull);
+        }
+    }
+
+    /// Micro-batches before an abort stay: find out what each sequence holds now.
+    fn resynchronise(&mut self) {
+        for index in 0..self.takes.len() {
+            let take = self.takes[index];
+            self.resynchronise_one(take);
+        }
+    }
+
+    fn resynchronise_one(&mut self, take: Take) {
+        let slot = take.slot;
+        let known = self.cells.len(slot);
+        let present = usize::try_from(self.context.last_position(slot) + 1).unwrap_or(0);
+        if present < known || !self.can.remove_tail {
+            // Lost, or in a state that no longer matches: begin again from nothing.
+            self.context.remove_from(slot, 0);
+            self.cells.truncate(slot, 0);
+            self.sequences[slot as usize].checkpoints.clear();
+            return;
+        }
+        let Some(running) = self.sequences[slot as usize].running.as_ref() else { return };
+        let end = present.min(known + take.n_tokens as usize);
+        self.shared.stats.evaluated_tokens((end - known) as u64);
+        self.shared.stats.prompt_tokens((end - known) as u64);
+        self.cells.append(slot, &running.job.tokens[known..end]);
+    }
+
+    fn decode_failed(&mut self, error: &Error) {
+        self.resynchronise();
+        for index in 0..self.takes.len() {
+            let slot = self.takes[index].slot;
+            self.end(slot, End::Failed(Error::Decode(error.to_string())));
+        }
+    }
+
+    // ---- memory operations ----------------------------------------------------------------------------------------
+
+    fn change_memory(&mut self, slot: Slot, op: MemoryOp, reply: &Sender<Result<MemoryReply>>) {
+        let outcome = match op {
+            MemoryOp::Clear => {
+                self.truncate(slot, 0);
+                Ok(MemoryReply::Done)
+            }
+            MemoryOp::Erase(ranges) => Ok(self.erase(slot, &ranges)),
+            MemoryOp::CopyTo(to) => Ok(self.copy_to(slot, to)),
+            MemoryOp::Save => self
+                .context
+                .sequence_state(slot, false)
+                .map(|state| MemoryReply::State(self.cells.tokens(slot).to_vec(), state)),
+            MemoryOp::Restore(tokens, state) => self.restore(slot, &tokens, &state),
+        };
+        self.publish();
+        let _ = reply.send(outcome);
+    }
+
+    fn erase(&mut self, slot: Slot, ranges: &[(usize, usize)]) -> MemoryReply {
+        let mut wanted = self.cells.tokens(slot).to_vec();
+        for range in merged_ranges(ranges, wanted.len()).into_iter().rev() {
+            wanted.drain(range.clone());
+            self.close_gap(slot, range.start, range.len());
+        }
+        if self.cells.len(slot) == wanted.len() { MemoryReply::Done } else { MemoryReply::Reevaluate(wanted) }
+    }
+
+    /// Shares cells where possible; else copies the whole state; else the copy is evaluated again.
+    fn copy_to(&mut self, from: Slot, to: Slot) -> MemoryReply {
+        self.truncate(to, 0);
+        let n = self.cells.len(from);
+        if n == 0 {
+            return MemoryReply::Done;
+        }
+        if self.can.share_prefix {
+            self.share(from, to, n);
+            return MemoryReply::Done;
+        }
+        let tokens = self.cells.tokens(from).to_vec();
+        let fits = self.cells.n_free() >= n;
+        let copied = fits
+            && self
+                .context
+                .sequence_state(from, false)
+                .is_ok_and(|state| self.context.restore_sequence(to, &state, false));
+        if copied {
+            self.cells.append(to, &tokens);
+            return MemoryReply::Done;
+        }
+        self.context.remove_from(to, 0);
+        MemoryReply::Reevaluate(tokens)
+    }
+
+    fn restore(&mut self, slot: Slot, tokens: &[Token], state: &[u8]) -> Result<MemoryReply> {
+        self.truncate(slot, 0);
+        while self.cells.n_free() < tokens.len() && self.evict_one(slot) {}
+        if tokens.len() > self.cells.n_free().min(self.cells.per_slot()) {
+            return Err(overflow(tokens.len(), self.cells.n_free().min(self.cells.per_slot())));
+        }
+        let restored = tokens.is_empty()
+            || (self.context.restore_sequence(slot, state, false)
+                && self.context.last_position(slot) == tokens.len() as i32 - 1);
+        if !restored {
+            self.context.remove_from(slot, 0);
+            return Err(Error::StateMismatch("llama.cpp refused the saved state; evaluate the prompt again".into()));
+        }
+        self.cells.append(slot, tokens);
+        Ok(MemoryReply::Done)
+    }
+
+    // ---- for others to see ------------------------------------------------------------------------------------------
+
+    fn publish(&mut self) {
+        for slot in 0..self.sequences.len() as Slot {
+            self.publish_slot(slot);
+        }
+        self.shared.n_cells_used.store(self.cells.n_used(), Ordering::Relaxed);
+    }
+
+    /// Brings the public view of a sequence's tokens up to date, touching only what changed.
+    fn publish_slot(&mut self, slot: Slot) {
+        let from = self.cells.take_change(slot);
+        let tokens = self.cells.tokens(slot);
+        let mut view = self.shared.view(slot);
+        if from < tokens.len() || view.len() != tokens.len() {
+            view.truncate(from);
+            let known = view.len();
+            view.extend_from_slice(&tokens[known..]);
+        }
+    }
+}
+
+enum Patience {
+    None,
+    Until(Instant),
+    Forever,
+}
+
+fn is_cancelled(job: &Job) -> bool {
+    job.flow.cancel_flag().load(Ordering::Relaxed)
+}
+
+/// A panic in a generator ends its job, not the decoder.
+fn advance_safely(generator: &mut dyn Generator, logits: &[f32]) -> Result<Step> {
+    catch_unwind(AssertUnwindSafe(|| generator.advance(logits)))
+        .map_err(|_| Error::WorkerCrashed("drawing a token panicked".into()))
+}
+
+fn log_probability(logits: &[f32], token: Token) -> f32 {
+    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = logits.iter().map(|logit| (logit - best).exp()).sum();
+    logits[token as usize] - best - sum.ln()
+}
+
+fn overflow(n_tokens: usize, limit: usize) -> Error {
+    Error::ContextOverflow(format!(
+        "{n_tokens} tokens do not fit into a context of {limit}; shorten the prompt, raise context_size, or choose \
+         overflow=\"truncate_middle\" or \"rolling_window\""
+    ))
+}

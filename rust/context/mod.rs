@@ -1,0 +1,260 @@
+//! ③ Many sequences, one `llama_context`, one decoder thread.
+
+pub mod batch;
+pub mod cache;
+pub mod cost;
+mod decoder;
+pub mod job;
+pub mod memory;
+pub mod pool;
+mod stats;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+pub use cache::Slot;
+use job::Message;
+use memory::MemoryKind;
+use pool::Pool;
+pub use stats::{Snapshot, Stats};
+
+use crate::error::{Error, Result, closed};
+use crate::llama::{self, ContextParams, Token};
+use crate::model::Model;
+
+/// Output rows in one call: enough for every sequence, and for scoring at a fair pace.
+const MIN_OUTPUTS: u32 = 32;
+
+/// What is known about a context once it is made.
+#[derive(Clone, Debug)]
+pub struct ContextInfo {
+    /// Tokens that one sequence may hold.
+    pub context_size: usize,
+    /// Sequences.
+    pub n_sequences: usize,
+    /// Tokens at most in one decode call.
+    pub batch_size: usize,
+    /// Tokens at most in one micro-batch.
+    pub ubatch_size: usize,
+    /// Threads that compute single tokens.
+    pub n_threads: usize,
+    /// Threads that compute prompts.
+    pub n_threads_batch: usize,
+    /// Cells in all.
+    pub n_cells: usize,
+    /// Kind of memory.
+    pub memory: MemoryKind,
+}
+
+/// What everybody who uses a context shares.
+pub struct Shared {
+    /// The model.
+    pub model: Arc<Model>,
+    /// What the context is like.
+    pub info: ContextInfo,
+    /// Sizes and types that a saved state must agree with.
+    pub layout: String,
+    /// Free sequences.
+    pub pool: Pool,
+    /// Counters.
+    pub stats: Stats,
+    /// Tokens of each sequence, as evaluated.
+    views: Vec<Mutex<Vec<Token>>>,
+    usages: Vec<Usage>,
+    n_cells_used: AtomicUsize,
+    closing: Arc<AtomicBool>,
+    inbox: Sender<Message>,
+    ended: Gate,
+}
+
+/// Tokens that went through a sequence, all its holders together.
+#[derive(Debug, Default)]
+pub struct Usage {
+    /// Evaluated as part of a prompt.
+    pub prompt: AtomicU64,
+    /// Found in the cache.
+    pub cached: AtomicU64,
+    /// Drawn.
+    pub predicted: AtomicU64,
+}
+
+impl Usage {
+    /// Prompt, cached and predicted tokens now.
+    #[must_use]
+    pub fn snapshot(&self) -> [u64; 3] {
+        [&self.prompt, &self.cached, &self.predicted].map(|count| count.load(Ordering::Relaxed))
+    }
+}
+
+/// Opens once and lets everybody through.
+#[derive(Default)]
+struct Gate {
+    open: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    fn open(&self) {
+        *self.open.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.opened.notify_all();
+    }
+
+    fn wait(&self, timeout: Duration) -> bool {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let (open, _) =
+            self.opened.wait_timeout_while(open, timeout, |open| !*open).unwrap_or_else(PoisonError::into_inner);
+        *open
+    }
+}
+
+/// Starts a context: its decoder thread makes the `llama_context` and reports before it takes work.
+///
+/// # Errors
+/// What making the context failed with.
+pub fn start(model: &Arc<Model>, params: ContextParams) -> Result<Arc<Shared>> {
+    let params = ContextParams { n_outputs_max: params.n_seq_max.max(MIN_OUTPUTS), ..params };
+    let (inbox, messages) = channel();
+    let (report, reported) = channel();
+    let model = Arc::clone(model);
+    std::thread::Builder::new()
+        .name("llamactor-decoder".into())
+        .stack_size(decoder::STACK_BYTES)
+        .spawn(move || open_and_run(model, params, inbox, messages, report))
+        .map_err(|source| Error::Io { context: "cannot start the decoder thread".into(), source })?;
+    reported.recv().map_err(|_| Error::WorkerCrashed("the decoder died while making its context".into()))?
+}
+
+/// The decoder thread's life: make the context, tell, run, free.
+fn open_and_run(
+    model: Arc<Model>,
+    params: ContextParams,
+    inbox: Sender<Message>,
+    messages: Receiver<Message>,
+    report: Sender<Result<Arc<Shared>>>,
+) {
+    let context = match llama::Context::new(Arc::clone(model.llama()), &params) {
+        Ok(context) => context,
+        Err(error) => return drop(report.send(Err(error))),
+    };
+    let shared = Arc::new(share(model, &params, &context, inbox));
+    let decoder = decoder::Decoder::new(Arc::clone(&shared), context, messages);
+    if report.send(Ok(Arc::clone(&shared))).is_ok() {
+        decoder.run();
+    } else {
+        drop(decoder);
+    }
+    shared.ended.open();
+}
+
+fn share(model: Arc<Model>, params: &ContextParams, context: &llama::Context, inbox: Sender<Message>) -> Shared {
+    let memory = MemoryKind::of(model.llama(), params.swa_full);
+    let n_sequences = params.n_seq_max as usize;
+    // llama.cpp rounds the size up; the user's number is the limit.
+    let per_sequence = if params.kv_unified { params.n_ctx as usize } else { context.n_ctx_seq() };
+    let pooled = params.kv_unified && memory != MemoryKind::Recurrent;
+    let info = ContextInfo {
+        context_size: per_sequence.min(context.n_ctx_seq()),
+        n_sequences,
+        batch_size: context.n_batch(),
+        ubatch_size: params.n_ubatch as usize,
+        n_threads: params.n_threads as usize,
+        n_threads_batch: params.n_threads_batch as usize,
+        n_cells: if pooled { per_sequence } else { per_sequence * n_sequences },
+        memory,
+    };
+    Shared {
+        layout: format!("{:?}/{:?}/{:?}/{}", memory, params.type_k, params.type_v, params.swa_full),
+        pool: Pool::new(n_sequences),
+        stats: Stats::default(),
+        views: (0..n_sequences).map(|_| Mutex::default()).collect(),
+        usages: (0..n_sequences).map(|_| Usage::default()).collect(),
+        n_cells_used: AtomicUsize::new(0),
+        closing: Arc::default(),
+        inbox,
+        ended: Gate::default(),
+        model,
+        info,
+    }
+}
+
+impl Shared {
+    /// Sends the decoder a message; lost when it has ended, which its replies' closed channels tell.
+    pub fn send(&self, message: Message) {
+        let _ = self.inbox.send(message);
+    }
+
+    /// Makes the decoder look at flags that have changed.
+    pub fn wake(&self) {
+        self.send(Message::Wake);
+    }
+
+    /// The evaluated tokens of a sequence.
+    #[must_use]
+    pub fn tokens(&self, slot: Slot) -> Vec<Token> {
+        self.view(slot).clone()
+    }
+
+    /// Number of evaluated tokens of a sequence.
+    #[must_use]
+    pub fn length(&self, slot: Slot) -> usize {
+        self.view(slot).len()
+    }
+
+    fn view(&self, slot: Slot) -> std::sync::MutexGuard<'_, Vec<Token>> {
+        self.views[slot as usize].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What went through a sequence.
+    #[must_use]
+    pub fn usage(&self, slot: Slot) -> &Usage {
+        &self.usages[slot as usize]
+    }
+
+    /// Cells in use by running and idle sequences.
+    #[must_use]
+    pub fn n_cells_used(&self) -> usize {
+        self.n_cells_used.load(Ordering::Relaxed)
+    }
+
+    /// Whether closing has begun.
+    #[must_use]
+    pub fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
+    /// `Closed` once closing has begun.
+    ///
+    /// # Errors
+    /// See above.
+    pub fn require_open(&self) -> Result<()> {
+        if self.is_closing() { Err(closed("context")) } else { Ok(()) }
+    }
+
+    /// Begins to close: running jobs end with `Closed`, waiting callers too. Idempotent; returns at once.
+    pub fn close(&self) {
+        if !self.closing.swap(true, Ordering::AcqRel) {
+            self.pool.close();
+            self.send(Message::Close);
+        }
+    }
+
+    /// Whether the decoder has freed its context.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.ended.wait(Duration::ZERO)
+    }
+
+    /// Waits until the decoder has freed its context; false when that took longer.
+    pub fn wait_ended(&self, timeout: Duration) -> bool {
+        self.ended.wait(timeout)
+    }
+}
+
+/// The instant `seconds` from now; `None` for none or for one too far away to matter.
+#[must_use]
+pub fn deadline_after(seconds: Option<f64>) -> Option<Instant> {
+    let duration = Duration::try_from_secs_f64(seconds?).ok()?;
+    Instant::now().checked_add(duration)
+}

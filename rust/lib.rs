@@ -1,0 +1,30 @@
+//! The native core of llamactor: weights → tokens → logits → text → events → Python.
+//!
+//! One crate, six rooms, in the order of the data's flow. A room uses what stands before it:
+//!
+//! | room | what |
+//! |---|---|
+//! | [`llama`] | the checked wrapper over llama.cpp; all `unsafe` |
+//! | [`model`] | a file becomes a shared model |
+//! | [`context`] | many sequences, one decoder thread |
+//! | [`sequence`] | one actor per sequence |
+//! | [`prediction`] | the hand-off to readers |
+//! | [`python`] | the classes of `llamactor._core` |
+
+pub mod context;
+pub mod error;
+pub mod llama;
+pub mod model;
+pub mod prediction;
+mod python;
+pub mod sequence;
+
+/// The native module; private to the package `llamactor`.
+#[pyo3::pymodule(gil_used = true)]
+mod _core {
+    #[pymodule_export]
+    use crate::python::{
+        Call, Context, Hub, Model, Prediction, Sequence, after_fork_in_child, devices, load_model, read_metadata,
+        set_log_callback_level, shutdown, system_info,
+    };
+}

@@ -1,0 +1,103 @@
+//! ① A GGUF file becomes a shared, read-only model.
+
+mod info;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use info::ModelInfo;
+
+use crate::error::{Error, Result};
+use crate::llama::{self, LoadParams, Token, gguf};
+
+/// A loaded model, its description and what tells it from others.
+pub struct Model {
+    llama: Arc<llama::Model>,
+    info: ModelInfo,
+    fingerprint: u128,
+    path: PathBuf,
+    eog_tokens: Vec<Token>,
+    suppressed_tokens: Vec<Token>,
+}
+
+impl Model {
+    /// Checks the file's header, then loads it. Blocks; `on_progress` hears 0 to 1 and returns whether to go on.
+    ///
+    /// # Errors
+    /// `ModelNotFound`, `ModelLoad` with what is wrong with the file, `LoadCancelled`.
+    pub fn load(path: &Path, params: &LoadParams, on_progress: &mut dyn FnMut(f32) -> bool) -> Result<Self> {
+        let header = check(path, params)?;
+        for (adapter, _) in &params.lora {
+            gguf::check_adapter_file(adapter).map_err(refused)?;
+        }
+        if !on_progress(0.0) {
+            return Err(Error::LoadCancelled);
+        }
+        let llama = Arc::new(llama::Model::load(path, params, on_progress)?);
+        Ok(Self {
+            info: ModelInfo::new(&llama, &header, path),
+            fingerprint: info::fingerprint(&header, params),
+            eog_tokens: (0..llama.n_vocab() as Token).filter(|&token| llama.is_eog(token)).collect(),
+            suppressed_tokens: llama.suppressed_tokens(),
+            llama,
+            path: path.to_owned(),
+        })
+    }
+
+    /// The wrapped model of llama.cpp.
+    #[must_use]
+    pub fn llama(&self) -> &Arc<llama::Model> {
+        &self.llama
+    }
+
+    /// What the file says of itself.
+    #[must_use]
+    pub fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    /// Differs between models, quantisations and LoRA adapters: a saved state fits only its own.
+    #[must_use]
+    pub fn fingerprint(&self) -> u128 {
+        self.fingerprint
+    }
+
+    /// Tokens that end a generation.
+    #[must_use]
+    pub fn eog_tokens(&self) -> &[Token] {
+        &self.eog_tokens
+    }
+
+    /// Tokens that must never be drawn.
+    #[must_use]
+    pub fn suppressed_tokens(&self) -> &[Token] {
+        &self.suppressed_tokens
+    }
+
+    /// The tokens of a prompt, on the caller's stack: BOS first where the model wants it.
+    ///
+    /// # Errors
+    /// As [`llama::Model::tokenize`].
+    pub fn tokenize_prompt(&self, text: &str, parse_special: bool) -> Result<Vec<Token>> {
+        self.llama.tokenize(text, self.llama.adds_bos(), parse_special)
+    }
+
+    /// The file it came from.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// The header's rules, with the overrides that llama.cpp will apply to the same keys.
+fn check(path: &Path, params: &LoadParams) -> Result<gguf::Header> {
+    let overrides: Vec<_> = params.overrides.iter().map(|(key, value)| (key.clone(), value.as_gguf())).collect();
+    gguf::check_model_file(path, params.vocab_only, &overrides).map_err(refused)
+}
+
+fn refused(error: gguf::GgufError) -> Error {
+    match error {
+        gguf::GgufError::NotFound(_) => Error::ModelNotFound(error.to_string()),
+        _ => Error::ModelLoad(error.to_string()),
+    }
+}

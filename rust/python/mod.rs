@@ -1,0 +1,20 @@
+//! ⑥ What Python sees: thin classes over the rooms before, one file each. Nothing is decided here.
+
+mod call;
+mod callbacks;
+mod context;
+mod error;
+mod hub;
+mod model;
+mod options;
+mod prediction;
+mod process;
+mod sequence;
+
+pub use call::Call;
+pub use context::Context;
+pub use hub::Hub;
+pub use model::{Model, devices, load_model, read_metadata, set_log_callback_level, system_info};
+pub use prediction::Prediction;
+pub use process::{after_fork_in_child, shutdown};
+pub use sequence::Sequence;

@@ -1,0 +1,279 @@
+//! A loaded model.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use super::call::{Call, State, Value};
+use super::hub::Hub;
+use super::options::{ContextOptions, LoadOptions};
+use super::process::{Native, require_own_process};
+use crate::error::{Error, Result, closed};
+use crate::llama::{self, LogLevel, Token};
+use crate::model;
+use crate::sequence::Sequences;
+
+/// Longest text that is tokenised on the caller's stack; a longer one gets a thread with a larger one.
+const OWN_STACK_BYTES: usize = 4 * 1024;
+
+/// Loading, and tokenising long texts, recurses.
+const STACK_BYTES: usize = 64 * 1024 * 1024;
+
+/// A loaded model.
+#[pyclass(frozen, module = "llamactor._core")]
+pub struct Model(Native<Arc<Holder>>);
+
+struct Holder {
+    model: Mutex<Option<Arc<model::Model>>>,
+    contexts: Mutex<Vec<Weak<Sequences>>>,
+}
+
+impl Holder {
+    /// Remembers a context, so that closing the model closes it; refuses one that came too late.
+    fn adopt(&self, context: Arc<Sequences>) -> Result<Arc<Sequences>> {
+        let mut contexts = lock(&self.contexts);
+        contexts.retain(|context| context.strong_count() > 0);
+        contexts.push(Arc::downgrade(&context));
+        drop(contexts);
+        // `close` empties the model first and then takes the list: one of the two sees the other.
+        if lock(&self.model).is_none() { Err(closed("model")) } else { Ok(context) }
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        // Unmapping gigabytes takes a while: not on the thread that happened to drop the last reference.
+        let model = lock(&self.model).take();
+        if model.is_some() {
+            let _ = spawn("llamactor-free", move || drop(model));
+        }
+    }
+}
+
+impl Model {
+    pub fn new(model: Arc<model::Model>) -> Self {
+        Self(Native::new(Arc::new(Holder { model: Mutex::new(Some(model)), contexts: Mutex::default() })))
+    }
+
+    fn open(&self) -> PyResult<Arc<model::Model>> {
+        Ok(lock(&self.0.get()?.model).clone().ok_or_else(|| closed("model"))?)
+    }
+}
+
+#[pymethods]
+impl Model {
+    #[getter]
+    fn closed(&self) -> PyResult<bool> {
+        Ok(lock(&self.0.get()?.model).is_none())
+    }
+
+    fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let model = self.open()?;
+        let info = model.info();
+        let dict = PyDict::new(py);
+        dict.set_item("architecture", &info.architecture)?;
+        dict.set_item("name", &info.name)?;
+        dict.set_item("parameters", info.parameters)?;
+        dict.set_item("size_bytes", info.size_bytes)?;
+        dict.set_item("quantization", &info.quantization)?;
+        dict.set_item("train_context_size", info.train_context_size)?;
+        dict.set_item("embedding_size", info.embedding_size)?;
+        dict.set_item("layers", info.layers)?;
+        dict.set_item("heads", info.heads)?;
+        dict.set_item("kv_heads", info.kv_heads)?;
+        dict.set_item("vocab_size", info.vocab_size)?;
+        dict.set_item("chat_template", &info.chat_template)?;
+        dict.set_item("is_recurrent", info.is_recurrent)?;
+        dict.set_item("is_hybrid", info.is_hybrid)?;
+        dict.set_item("sliding_window", info.sliding_window)?;
+        dict.set_item("has_encoder", info.has_encoder)?;
+        dict.set_item("has_decoder", info.has_decoder)?;
+        dict.set_item("path", &info.path)?;
+        dict.set_item("vocab_only", info.vocab_only)?;
+        Ok(dict)
+    }
+
+    fn metadata(&self) -> PyResult<BTreeMap<String, String>> {
+        Ok(self.open()?.llama().metadata().into_iter().collect())
+    }
+
+    fn special_tokens(&self) -> PyResult<BTreeMap<&'static str, Option<Token>>> {
+        let tokens = self.open()?.llama().special_tokens();
+        Ok(BTreeMap::from([
+            ("bos", tokens.bos),
+            ("eos", tokens.eos),
+            ("eot", tokens.eot),
+            ("sep", tokens.sep),
+            ("nl", tokens.nl),
+            ("pad", tokens.pad),
+            ("mask", tokens.mask),
+            ("fim_prefix", tokens.fim_prefix),
+            ("fim_suffix", tokens.fim_suffix),
+            ("fim_middle", tokens.fim_middle),
+            ("fim_pad", tokens.fim_pad),
+            ("fim_repo", tokens.fim_repo),
+            ("fim_separator", tokens.fim_separator),
+        ]))
+    }
+
+    fn add_bos(&self) -> PyResult<bool> {
+        Ok(self.open()?.llama().adds_bos())
+    }
+
+    fn vocab_size(&self) -> PyResult<usize> {
+        Ok(self.open()?.llama().n_vocab())
+    }
+
+    fn is_eog(&self, token: Token) -> PyResult<bool> {
+        Ok(self.open()?.llama().is_eog(token))
+    }
+
+    fn tokenize(&self, py: Python<'_>, text: String, add_bos: bool, special: bool) -> PyResult<Vec<Token>> {
+        let model = self.open()?;
+        Ok(py.detach(move || tokenize(&model, text, add_bos, special))?)
+    }
+
+    fn count_tokens(&self, py: Python<'_>, text: String) -> PyResult<usize> {
+        Ok(self.tokenize(py, text, false, false)?.len())
+    }
+
+    fn detokenize(&self, py: Python<'_>, tokens: Vec<Token>, special: bool) -> PyResult<String> {
+        let model = self.open()?;
+        Ok(py.detach(move || model.llama().detokenize(&tokens, special))?)
+    }
+
+    fn create_context(&self, hub: &Hub, options: ContextOptions) -> PyResult<Call> {
+        let model = self.open()?;
+        let params = options.into_params()?;
+        let state = State::new(hub)?;
+        let reporter = Arc::clone(&state);
+        let holder = Arc::clone(self.0.get()?);
+        spawn("llamactor-open", move || {
+            let context = Sequences::start(&model, params).and_then(|context| holder.adopt(context));
+            reporter.finish(context.map(Value::Context));
+        })?;
+        Ok(Call::new(state))
+    }
+
+    fn close(&self, hub: &Hub) -> PyResult<Call> {
+        let state = State::new(hub)?;
+        let holder = self.0.get()?;
+        let model = lock(&holder.model).take();
+        let contexts = std::mem::take(&mut *lock(&holder.contexts));
+        let reporter = Arc::clone(&state);
+        spawn("llamactor-close", move || {
+            for context in contexts.iter().filter_map(Weak::upgrade) {
+                context.close();
+                context.shared().wait_ended(Duration::MAX);
+            }
+            drop(model);
+            reporter.finish(Ok(Value::None));
+        })?;
+        Ok(Call::new(state))
+    }
+}
+
+fn tokenize(model: &Arc<model::Model>, text: String, add_bos: bool, special: bool) -> Result<Vec<Token>> {
+    if text.len() <= OWN_STACK_BYTES {
+        return model.llama().tokenize(&text, add_bos, special);
+    }
+    let model = Arc::clone(model);
+    let thread = spawn("llamactor-tokenize", move || model.llama().tokenize(&text, add_bos, special))?;
+    thread.join().map_err(|_| Error::WorkerCrashed("the tokeniser's thread died".into()))?
+}
+
+fn spawn<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<std::thread::JoinHandle<T>> {
+    std::thread::Builder::new()
+        .name(name.into())
+        .stack_size(STACK_BYTES)
+        .spawn(run)
+        .map_err(|source| Error::Io { context: format!("cannot start the thread {name}"), source })
+}
+
+/// Loads a model on a thread of its own.
+#[pyfunction]
+pub fn load_model(hub: &Hub, path: PathBuf, options: LoadOptions) -> PyResult<Call> {
+    let params = options.into_params()?;
+    let state = State::new(hub)?;
+    let reporter = Arc::clone(&state);
+    spawn("llamactor-load", move || {
+        let cancel = reporter.cancel_flag();
+        let mut on_progress = |fraction| {
+            reporter.progressed(fraction);
+            !cancel.load(Ordering::Relaxed)
+        };
+        let model = model::Model::load(&path, &params, &mut on_progress);
+        let outcome = match model {
+            Ok(_) if cancel.load(Ordering::SeqCst) => Err(Error::LoadCancelled),
+            model => model.map(|model| Value::Model(Arc::new(model))),
+        };
+        reporter.finish(outcome);
+    })?;
+    Ok(Call::new(state))
+}
+
+/// The scalar metadata of a GGUF file's header, without loading it.
+#[pyfunction]
+pub fn read_metadata<'py>(py: Python<'py>, path: PathBuf) -> PyResult<Bound<'py, PyDict>> {
+    use llama::gguf::{Header, Value};
+    require_own_process()?;
+    let header = py.detach(|| Header::read(&path)).map_err(|error| Error::ModelLoad(error.to_string()))?;
+    let dict = PyDict::new(py);
+    for (key, value) in header.metadata {
+        match value {
+            Value::String(text) => dict.set_item(key, text)?,
+            Value::Bool(value) => dict.set_item(key, value)?,
+            Value::F32(value) => dict.set_item(key, value)?,
+            Value::F64(value) => dict.set_item(key, value)?,
+            Value::Array { .. } => {}
+            integer => dict.set_item(key, integer.as_integer())?,
+        }
+    }
+    Ok(dict)
+}
+
+/// The devices that can hold layers.
+#[pyfunction]
+pub fn devices(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
+    require_own_process()?;
+    let found = py.detach(llama::devices);
+    found
+        .into_iter()
+        .map(|device| {
+            let dict = PyDict::new(py);
+            dict.set_item("name", device.name)?;
+            dict.set_item("description", device.description)?;
+            dict.set_item("backend", device.backend)?;
+            dict.set_item("kind", device.kind)?;
+            dict.set_item("memory_total", device.memory_total)?;
+            dict.set_item("memory_free", device.memory_free)?;
+            Ok(dict)
+        })
+        .collect()
+}
+
+/// Instruction sets and backends of this build.
+#[pyfunction]
+pub fn system_info() -> PyResult<String> {
+    require_own_process()?;
+    Ok(llama::system_info())
+}
+
+/// How much of llama.cpp's log goes to stderr.
+#[pyfunction]
+pub fn set_log_callback_level(level: &str) -> PyResult<()> {
+    llama::set_log_level(level.parse::<LogLevel>().map_err(Error::Value)?);
+    Ok(())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,325 @@
+//! Dictionaries of options, checked by the Python layer, as values of the core.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use super::callbacks::{PythonFilter, PythonProcessor};
+use crate::context::deadline_after;
+use crate::context::job::Overflow;
+use crate::llama::{self, ContextParams, FlashAttention, KvType, LoadParams, OverrideValue, SplitMode, Token};
+use crate::sequence::sampler::{Dry, DynamicTemperature, Mirostat, RepeatPenalty, SamplerKind, SamplerSpec, Xtc};
+use crate::sequence::text::{Batching, TextOptions};
+use crate::sequence::{Prompt, Request};
+
+/// A string or a list of tokens.
+#[derive(FromPyObject)]
+pub enum TextOrTokens {
+    Text(String),
+    Tokens(Vec<Token>),
+}
+
+impl TextOrTokens {
+    pub fn into_prompt(self, parse_special: bool) -> Prompt {
+        match self {
+            Self::Text(text) => Prompt::Text { text, parse_special },
+            Self::Tokens(tokens) => Prompt::Tokens(tokens),
+        }
+    }
+}
+
+type PenaltyItems = (f32, usize, f32, f32, bool, Option<Py<PyAny>>);
+
+/// The options of `predict`.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub struct PredictOptions {
+    max_tokens: Option<usize>,
+    stop: Vec<TextOrTokens>,
+    temperature: f32,
+    deterministic: bool,
+    top_k: i32,
+    top_p: f32,
+    min_p: f32,
+    typical_p: Option<f32>,
+    top_n_sigma: Option<f32>,
+    xtc: Option<(f32, f32)>,
+    dry: Option<(f32, f32, i32, Option<usize>, Vec<String>)>,
+    mirostat: Option<(i32, f32, f32)>,
+    dynamic_temperature: Option<(f32, f32)>,
+    repeat_penalty: Option<PenaltyItems>,
+    logit_bias: Vec<(Token, f32)>,
+    seed: Option<u32>,
+    sampler_order: Option<Vec<String>>,
+    logprobs: Option<usize>,
+    logits_processor: Option<Py<PyAny>>,
+    ignore_eos: bool,
+    response_prefix: Option<String>,
+    trim_trailing_whitespace: bool,
+    priority: i32,
+    deadline: Option<f64>,
+    overflow: Option<String>,
+    pub max_pending: Option<usize>,
+    token_batching: Option<(u32, f64)>,
+    special: bool,
+}
+
+impl PredictOptions {
+    /// The name of what is done when the context is full.
+    pub fn policy(&self) -> &'static str {
+        match self.overflow.as_deref() {
+            Some("rolling_window") => "rolling_window",
+            Some("truncate_middle") => "truncate_middle",
+            _ => "stop_at_limit",
+        }
+    }
+
+    /// The request, and the seed it will use.
+    pub fn into_request(self, py: Python<'_>, prompt: TextOrTokens) -> PyResult<(Request, u32)> {
+        let seed = self.seed.unwrap_or_else(random_seed);
+        let overflow = self.overflow.as_deref().map(overflow).transpose()?;
+        let deadline = deadline_after(self.deadline);
+        let text = text_options(self.stop, self.trim_trailing_whitespace, self.token_batching);
+        let order = match &self.sampler_order {
+            Some(names) => names.iter().map(|name| sampler(name)).collect::<PyResult<Vec<_>>>()?,
+            None => SamplerKind::DEFAULT_ORDER.to_vec(),
+        };
+        let sampler = SamplerSpec {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            typical_p: self.typical_p,
+            top_n_sigma: self.top_n_sigma,
+            xtc: self.xtc.map(|(probability, threshold)| Xtc { probability, threshold }),
+            dry: self.dry.map(|(multiplier, base, allowed_length, last_tokens, breakers)| Dry {
+                multiplier,
+                base,
+                allowed_length,
+                last_tokens,
+                breakers,
+            }),
+            mirostat: self.mirostat.map(|(version, tau, eta)| Mirostat { version, tau, eta }),
+            dynamic_temperature: self
+                .dynamic_temperature
+                .map(|(range, exponent)| DynamicTemperature { range, exponent }),
+            repeat_penalty: self.repeat_penalty.map(repeat_penalty),
+            logit_bias: self.logit_bias,
+            ignore_eos: self.ignore_eos,
+            seed,
+            order,
+            logprobs: self.logprobs,
+            processor: self.logits_processor.map(|callable| Box::new(PythonProcessor::new(py, callable)) as _),
+        };
+        let request = Request {
+            prompt: prompt.into_prompt(self.special),
+            sampler,
+            text,
+            max_tokens: self.max_tokens,
+            response_prefix: self.response_prefix,
+            deterministic: self.deterministic,
+            priority: self.priority,
+            deadline,
+            overflow,
+        };
+        Ok((request, seed))
+    }
+}
+
+fn text_options(stop: Vec<TextOrTokens>, trim_trailing_whitespace: bool, batching: Option<(u32, f64)>) -> TextOptions {
+    let mut options = TextOptions {
+        trim_trailing_whitespace,
+        batching: batching.map(|(tokens, interval)| Batching { tokens, interval }),
+        ..TextOptions::default()
+    };
+    for stop in stop {
+        match stop {
+            TextOrTokens::Text(text) => options.stop_strings.push(text),
+            TextOrTokens::Tokens(tokens) => options.stop_tokens.push(tokens),
+        }
+    }
+    options
+}
+
+fn repeat_penalty(
+    (penalty, last_tokens, frequency, presence, penalize_newline, filter): PenaltyItems,
+) -> RepeatPenalty {
+    RepeatPenalty {
+        penalty,
+        last_tokens,
+        frequency,
+        presence,
+        penalize_newline,
+        filter: filter.map(|callable| Box::new(PythonFilter(callable)) as _),
+    }
+}
+
+fn sampler(name: &str) -> PyResult<SamplerKind> {
+    SamplerKind::from_name(name).ok_or_else(|| PyValueError::new_err(format!("sampler {name:?} is unknown")))
+}
+
+fn overflow(name: &str) -> PyResult<Overflow> {
+    match name {
+        "stop_at_limit" => Ok(Overflow::Stop),
+        "rolling_window" => Ok(Overflow::RollingWindow),
+        "truncate_middle" => Ok(Overflow::TruncateMiddle),
+        _ => Err(PyValueError::new_err(format!("overflow {name:?} is unknown"))),
+    }
+}
+
+/// A seed from the hasher's random keys, which the standard library draws from the system.
+fn random_seed() -> u32 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(0u8) as u32 & 0x7fff_ffff
+}
+
+#[derive(FromPyObject)]
+enum Scalar {
+    Bool(bool),
+    Int(i64),
+    Float(f64),
+    Text(String),
+}
+
+/// The options of `load_model`.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub struct LoadOptions {
+    gpu_layers: i32,
+    devices: Option<Vec<String>>,
+    main_gpu: i32,
+    split_mode: String,
+    tensor_split: Option<Vec<f32>>,
+    use_mmap: bool,
+    use_mlock: bool,
+    vocab_only: bool,
+    check_tensors: bool,
+    metadata_overrides: HashMap<String, Scalar>,
+    lora: Vec<(PathBuf, f32)>,
+}
+
+impl LoadOptions {
+    pub fn into_params(self) -> PyResult<LoadParams> {
+        let devices = self.devices.map(|names| names.iter().map(|name| device(name)).collect()).transpose()?;
+        Ok(LoadParams {
+            n_gpu_layers: self.gpu_layers,
+            devices,
+            main_gpu: self.main_gpu,
+            split_mode: split_mode(&self.split_mode)?,
+            tensor_split: self.tensor_split,
+            use_mmap: self.use_mmap,
+            use_mlock: self.use_mlock,
+            vocab_only: self.vocab_only,
+            check_tensors: self.check_tensors,
+            overrides: self.metadata_overrides.into_iter().map(|(key, value)| (key, value.into())).collect(),
+            lora: self.lora,
+        })
+    }
+}
+
+impl From<Scalar> for OverrideValue {
+    fn from(scalar: Scalar) -> Self {
+        match scalar {
+            Scalar::Bool(value) => Self::Bool(value),
+            Scalar::Int(value) => Self::Int(value),
+            Scalar::Float(value) => Self::Float(value),
+            Scalar::Text(value) => Self::Str(value),
+        }
+    }
+}
+
+fn device(name: &str) -> PyResult<usize> {
+    let devices = llama::devices();
+    let found = devices.iter().find(|device| device.name == name).map(|device| device.index);
+    found.ok_or_else(|| {
+        let known: Vec<_> = devices.iter().map(|device| device.name.as_str()).collect();
+        PyValueError::new_err(format!("device {name:?} does not exist; there are {}", known.join(", ")))
+    })
+}
+
+fn split_mode(name: &str) -> PyResult<SplitMode> {
+    match name {
+        "none" => Ok(SplitMode::None),
+        "layer" => Ok(SplitMode::Layer),
+        "row" => Ok(SplitMode::Row),
+        _ => Err(PyValueError::new_err(format!("split_mode {name:?} is unknown; use none, layer or row"))),
+    }
+}
+
+/// The options of `create_context`.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub struct ContextOptions {
+    context_size: u32,
+    sequences: u32,
+    batch_size: Option<u32>,
+    ubatch_size: Option<u32>,
+    threads: Option<u32>,
+    threads_batch: Option<u32>,
+    flash_attention: String,
+    kv_type_k: Option<String>,
+    kv_type_v: Option<String>,
+    kv_unified: bool,
+    swa_full: bool,
+    rope_freq_base: Option<f32>,
+    rope_freq_scale: Option<f32>,
+    yarn_ext_factor: Option<f32>,
+    yarn_attn_factor: Option<f32>,
+    yarn_beta_fast: Option<f32>,
+    yarn_beta_slow: Option<f32>,
+    yarn_orig_context: Option<u32>,
+}
+
+/// Tokens in a micro-batch, and so in a batch: a cancel waits for one micro-batch at most.
+const UBATCH: u32 = 512;
+
+impl ContextOptions {
+    pub fn into_params(self) -> PyResult<ContextParams> {
+        let n_ubatch =
+            self.ubatch_size.or(self.batch_size).unwrap_or(UBATCH).min(UBATCH.max(self.ubatch_size.unwrap_or(0)));
+        let n_threads = self.threads.unwrap_or_else(default_threads);
+        Ok(ContextParams {
+            n_ctx: self.context_size,
+            n_batch: self.batch_size.unwrap_or(n_ubatch).max(n_ubatch),
+            n_ubatch,
+            n_seq_max: self.sequences,
+            n_outputs_max: 0,
+            n_threads,
+            n_threads_batch: self.threads_batch.unwrap_or(n_threads),
+            flash_attention: flash_attention(&self.flash_attention)?,
+            type_k: self.kv_type_k.as_deref().map(kv_type).transpose()?,
+            type_v: self.kv_type_v.as_deref().map(kv_type).transpose()?,
+            kv_unified: self.kv_unified,
+            swa_full: self.swa_full,
+            rope_freq_base: self.rope_freq_base,
+            rope_freq_scale: self.rope_freq_scale,
+            yarn_ext_factor: self.yarn_ext_factor,
+            yarn_attn_factor: self.yarn_attn_factor,
+            yarn_beta_fast: self.yarn_beta_fast,
+            yarn_beta_slow: self.yarn_beta_slow,
+            yarn_orig_ctx: self.yarn_orig_context,
+        })
+    }
+}
+
+fn flash_attention(name: &str) -> PyResult<FlashAttention> {
+    match name {
+        "auto" => Ok(FlashAttention::Auto),
+        "on" => Ok(FlashAttention::On),
+        "off" => Ok(FlashAttention::Off),
+        _ => Err(PyValueError::new_err(format!("flash_attention {name:?} is unknown; use auto, on or off"))),
+    }
+}
+
+fn kv_type(name: &str) -> PyResult<KvType> {
+    KvType::from_name(name).ok_or_else(|| {
+        PyValueError::new_err(format!("KV type {name:?} is unknown; use one of {}", KvType::NAMES.join(", ")))
+    })
+}
+
+/// Physical cores less one, which the event loop keeps; at least one.
+fn default_threads() -> u32 {
+    num_cpus::get_physical().saturating_sub(1).max(1) as u32
+}

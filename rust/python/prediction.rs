@@ -1,0 +1,171 @@
+//! A prediction as its readers see it.
+
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyTuple};
+
+use super::error::to_python;
+use super::process::Native;
+use crate::llama::{Model, Token};
+use crate::prediction::{self, Event, Finished, Stats};
+use crate::sequence::Outcome;
+
+/// A running or finished prediction.
+#[pyclass(frozen, module = "llamactor._core")]
+pub struct Prediction {
+    native: Native<Arc<prediction::Prediction>>,
+    model: Native<Arc<Model>>,
+    seed: u32,
+    policy: &'static str,
+}
+
+impl Prediction {
+    pub fn new(native: Arc<prediction::Prediction>, model: &Arc<Model>, seed: u32, policy: &'static str) -> Self {
+        Self { native: Native::new(native), model: Native::new(Arc::clone(model)), seed, policy }
+    }
+}
+
+#[pymethods]
+impl Prediction {
+    #[getter]
+    fn id(&self) -> PyResult<u64> {
+        Ok(self.native.get()?.id())
+    }
+
+    #[getter]
+    fn done(&self) -> PyResult<bool> {
+        Ok(self.native.get()?.is_done())
+    }
+
+    fn cancel(&self) -> PyResult<()> {
+        self.native.get()?.cancel();
+        Ok(())
+    }
+
+    fn text(&self) -> PyResult<String> {
+        Ok(self.native.get()?.text())
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        stats(py, &self.native.get()?.stats())
+    }
+
+    fn touched(&self) -> PyResult<bool> {
+        Ok(self.native.get()?.is_touched())
+    }
+
+    fn open_reader(&self, events: bool) -> PyResult<usize> {
+        Ok(self.native.get()?.open_reader(events))
+    }
+
+    fn close_reader(&self, reader: usize) -> PyResult<()> {
+        self.native.get()?.close_reader(reader);
+        Ok(())
+    }
+
+    fn add_interest(&self, result: bool) -> PyResult<()> {
+        self.native.get()?.add_interest(result);
+        Ok(())
+    }
+
+    fn drop_interest(&self, result: bool) -> PyResult<()> {
+        self.native.get()?.drop_interest(result);
+        Ok(())
+    }
+
+    fn read(&self, reader: usize) -> PyResult<Option<String>> {
+        Ok(self.native.get()?.read(reader))
+    }
+
+    fn read_event<'py>(&self, py: Python<'py>, reader: usize) -> PyResult<Option<Bound<'py, PyTuple>>> {
+        let event = self.native.get()?.read_event(reader);
+        event.map(|event| tuple(py, event)).transpose()
+    }
+
+    fn set_waiting(&self, reader: usize) -> PyResult<()> {
+        self.native.get()?.set_waiting(reader, true);
+        Ok(())
+    }
+
+    fn clear_waiting(&self, reader: usize) -> PyResult<()> {
+        self.native.get()?.set_waiting(reader, false);
+        Ok(())
+    }
+
+    fn outcome<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = self.native.get()?.with_outcome(|outcome, finished| self.describe(py, outcome, &finished));
+        dict.unwrap_or_else(|| Err(pyo3::exceptions::PyRuntimeError::new_err("the prediction has not ended")))
+    }
+}
+
+impl Prediction {
+    fn describe<'py>(&self, py: Python<'py>, outcome: &Outcome, finished: &Finished) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        dict.set_item("content", &finished.text)?;
+        dict.set_item("tokens", &finished.tokens)?;
+        dict.set_item("logprobs", logprobs(py, self.model.get()?, finished)?)?;
+        dict.set_item("stop_reason", outcome.stop_reason.name())?;
+        dict.set_item("stop_string", &outcome.stop_string)?;
+        dict.set_item("seed", self.seed)?;
+        dict.set_item("context_shift", shift(py, self.policy, finished)?)?;
+        dict.set_item("stats", stats(py, &finished.stats)?)?;
+        dict.set_item("error", outcome.error.as_ref().map(|error| to_python(error).into_value(py)))?;
+        Ok(dict)
+    }
+}
+
+fn tuple(py: Python<'_>, event: Event) -> PyResult<Bound<'_, PyTuple>> {
+    match event {
+        Event::Prompt { processed, cached, total } => ("prompt", processed, cached, total).into_pyobject(py),
+        Event::Text(text, tokens) => ("text", text, tokens).into_pyobject(py),
+        Event::Shift(dropped) => ("shift", dropped).into_pyobject(py),
+    }
+}
+
+fn shift<'py>(py: Python<'py>, policy: &str, finished: &Finished) -> PyResult<Option<Bound<'py, PyDict>>> {
+    let Some((kept, dropped)) = finished.shift else { return Ok(None) };
+    let dict = PyDict::new(py);
+    dict.set_item("policy", policy)?;
+    dict.set_item("kept", kept)?;
+    dict.set_item("dropped", dropped)?;
+    Ok(Some(dict))
+}
+
+fn logprobs<'py>(py: Python<'py>, model: &Model, finished: &Finished) -> PyResult<Option<Bound<'py, PyList>>> {
+    if finished.logprobs.is_empty() {
+        return Ok(None);
+    }
+    let list = PyList::empty(py);
+    for (token, logprob) in finished.tokens.iter().zip(&finished.logprobs) {
+        let top: Vec<_> = logprob.top.iter().map(|&(token, logprob)| (token, text(model, token), logprob)).collect();
+        list.append((*token, text(model, *token), logprob.logprob, top))?;
+    }
+    Ok(Some(list))
+}
+
+/// The text of one token; what is no whole character shows as U+FFFD.
+fn text(model: &Model, token: Token) -> String {
+    let mut piece = Vec::new();
+    match model.token_to_piece(token, true, &mut piece) {
+        Ok(()) => String::from_utf8_lossy(&piece).into_owned(),
+        Err(_) => String::new(),
+    }
+}
+
+fn stats<'py>(py: Python<'py>, stats: &Stats) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("prompt_tokens", stats.prompt_tokens)?;
+    dict.set_item("cached_tokens", stats.cached_tokens)?;
+    dict.set_item("predicted_tokens", stats.predicted_tokens)?;
+    dict.set_item("total_tokens", stats.prompt_tokens + stats.predicted_tokens)?;
+    dict.set_item("queue_time", stats.queue_time)?;
+    dict.set_item("prefill_time", stats.prefill_time)?;
+    dict.set_item("time_to_first_token", stats.time_to_first_token)?;
+    dict.set_item("decode_time", stats.decode_time)?;
+    dict.set_item("total_time", stats.total_time)?;
+    dict.set_item("tokens_per_second", stats.tokens_per_second())?;
+    dict.set_item("prompt_tokens_per_second", stats.prompt_tokens_per_second())?;
+    dict.set_item("shifted_tokens", stats.shifted_tokens)?;
+    Ok(dict)
+}

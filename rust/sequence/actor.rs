@@ -1,0 +1,543 @@
+//! The thread of a sequence: prompt → prefill → (sample → text → next)* → done, one command after the other.
+
+use std::any::Any;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Weak};
+use std::time::Instant;
+
+use super::generation::Generation;
+use super::lease::{Lease, Sequences};
+use super::sampler::{Sampler, Vocabulary};
+use super::state::{self, Fingerprint};
+use super::text::TextStream;
+use super::{Done, Outcome, Prompt, Request, Sink, StopReason};
+use crate::context::job::{End, Flow, Generator, Goal, Job, MemoryOp, MemoryReply, Message, Overflow, Reply};
+use crate::context::{Shared, Slot};
+use crate::error::{Error, Result, closed};
+use crate::llama::Token;
+
+/// The tokeniser's regular expressions recurse.
+pub const STACK_BYTES: usize = 16 * 1024 * 1024;
+
+/// A prompt that must be cut leaves at most this share of the context for the answer, as one over this.
+const ANSWER_PARTS: usize = 4;
+
+/// A prediction that waits for its sequence.
+pub struct Prediction {
+    pub request: Request,
+    pub sink: Arc<dyn Sink>,
+}
+
+impl Prediction {
+    pub fn fail(self, error: Error) {
+        let end = match error {
+            // It left the queue: a plain cancel, unless its context was closed.
+            Error::Cancelled => cancelled(&*self.sink),
+            error => End::Failed(error),
+        };
+        finish_early(&*self.sink, end);
+    }
+}
+
+/// A generation whose sequence was given up while its reader lagged.
+pub struct Parked {
+    generation: Box<Generation>,
+    tokens: Vec<Token>,
+    terms: Terms,
+}
+
+/// What a job needs of its request.
+#[derive(Clone, Copy)]
+struct Terms {
+    priority: i32,
+    deadline: Option<Instant>,
+    deterministic: bool,
+    overflow: Option<Overflow>,
+}
+
+impl Terms {
+    fn of(request: &Request) -> Self {
+        Self {
+            priority: request.priority,
+            deadline: request.deadline,
+            deterministic: request.deterministic,
+            overflow: request.overflow,
+        }
+    }
+}
+
+/// What a sequence is asked.
+pub enum Command {
+    /// For a holder who may have closed the sequence meanwhile.
+    Leased(Arc<AtomicBool>, Box<Command>),
+    Predict(Box<Prediction>),
+    Resume(Box<Parked>),
+    Prefill {
+        prompt: Prompt,
+        cancel: Arc<AtomicBool>,
+        done: Done<usize>,
+    },
+    Score {
+        tokens: Vec<Token>,
+        cancel: Arc<AtomicBool>,
+        done: Done<Vec<f32>>,
+    },
+    Fork {
+        lease: Lease,
+        done: Done<Lease>,
+    },
+    Erase {
+        ranges: Vec<(usize, usize)>,
+        cancel: Arc<AtomicBool>,
+        done: Done<()>,
+    },
+    Clear {
+        done: Done<()>,
+    },
+    Save {
+        path: PathBuf,
+        done: Done<()>,
+    },
+    Load {
+        path: PathBuf,
+        done: Done<()>,
+    },
+    /// The holder has gone: give the sequence back.
+    Release,
+    /// The context is closing.
+    End,
+}
+
+impl Command {
+    /// Answers a command that cannot be carried out.
+    fn refuse(self, error: Error) {
+        match self {
+            Self::Leased(_, command) => command.refuse(error),
+            Self::Predict(prediction) => prediction.fail(error),
+            Self::Resume(parked) => parked.generation.finish(End::Failed(error)),
+            Self::Prefill { done, .. } => done(Err(error)),
+            Self::Score { done, .. } => done(Err(error)),
+            Self::Fork { done, .. } => done(Err(error)),
+            Self::Erase { done, .. } | Self::Clear { done } | Self::Save { done, .. } | Self::Load { done, .. } => {
+                done(Err(error));
+            }
+            Self::Release | Self::End => {}
+        }
+    }
+}
+
+/// A cancel flag for operations without a reader.
+struct Cancel(Arc<AtomicBool>);
+
+impl Flow for Cancel {
+    fn cancel_flag(&self) -> &Arc<AtomicBool> {
+        &self.0
+    }
+}
+
+pub struct Actor {
+    slot: Slot,
+    shared: Arc<Shared>,
+    sequences: Weak<Sequences>,
+    commands: Receiver<Command>,
+    reply_sender: Sender<Reply>,
+    replies: Receiver<Reply>,
+}
+
+/// What a job came to.
+struct Ended {
+    generation: Option<Box<Generation>>,
+    end: End,
+    scores: Vec<f32>,
+    tokens: Vec<Token>,
+}
+
+impl Actor {
+    pub fn new(slot: Slot, shared: Arc<Shared>, sequences: Weak<Sequences>, commands: Receiver<Command>) -> Self {
+        let (reply_sender, replies) = channel();
+        Self { slot, shared, sequences, commands, reply_sender, replies }
+    }
+
+    /// Carries commands out until the context closes; what is still waiting then is refused.
+    pub fn run(self) {
+        while let Ok(command) = self.commands.recv() {
+            match command {
+                Command::End => break,
+                command => self.carry_out(command),
+            }
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            command.refuse(closed("context"));
+        }
+    }
+
+    fn carry_out(&self, command: Command) {
+        if self.shared.is_closing() {
+            return command.refuse(closed("context"));
+        }
+        match command {
+            Command::Leased(closed_flag, command) if closed_flag.load(Ordering::Acquire) => {
+                command.refuse(closed("sequence"));
+            }
+            Command::Leased(_, command) => match *command {
+                Command::Predict(prediction) => self.predict(*prediction, false),
+                command => self.carry_out(command),
+            },
+            Command::Predict(prediction) => self.predict(*prediction, true),
+            Command::Resume(parked) => self.resume(*parked),
+            Command::Prefill { prompt, cancel, done } => done(self.prefill(prompt, cancel)),
+            Command::Score { tokens, cancel, done } => done(self.score(tokens, cancel)),
+            Command::Fork { lease, done } => done(self.fork(lease)),
+            Command::Erase { ranges, cancel, done } => done(self.erase(ranges, cancel)),
+            Command::Clear { done } => done(self.change(MemoryOp::Clear).map(drop)),
+            Command::Save { path, done } => done(self.save(&path)),
+            Command::Load { path, done } => done(self.load(&path)),
+            Command::Release => self.shared.pool.give_back(self.slot),
+            Command::End => {}
+        }
+    }
+
+    // ---- predictions ----------------------------------------------------------------------------------------------
+
+    fn predict(&self, prediction: Prediction, parkable: bool) {
+        let Prediction { request, sink } = prediction;
+        if sink.cancel_flag().load(Ordering::Relaxed) {
+            return finish_early(&*sink, cancelled(&*sink));
+        }
+        let terms = Terms::of(&request);
+        match self.prepare(request, &sink) {
+            Ok((generation, tokens)) => self.generate(generation, tokens, terms, parkable),
+            Err(error) => finish_early(&*sink, End::Failed(error)),
+        }
+    }
+
+    /// Tokenises the prompt and builds what the generation needs.
+    fn prepare(&self, request: Request, sink: &Arc<dyn Sink>) -> Result<(Box<Generation>, Vec<Token>)> {
+        let mut tokens = self.tokenize(&request.prompt, request.response_prefix.as_deref())?;
+        self.fit(&mut tokens, &request)?;
+        let model = self.shared.model.llama();
+        let needs_clock = request.text.batching.is_some();
+        let ignore_eos = request.sampler.ignore_eos;
+        let mut generation = Box::new(Generation {
+            sampler: self.sampler(request.sampler)?,
+            text: TextStream::new(request.text),
+            sink: Arc::clone(sink),
+            model: Arc::clone(model),
+            ignore_eos,
+            max_tokens: request.max_tokens,
+            started: Instant::now(),
+            n_drawn: 0,
+            needs_clock,
+            piece: Vec::new(),
+            shown: String::new(),
+            ended: None,
+            error: None,
+        });
+        generation.sampler.prime(&tokens)?;
+        if let Some(prefix) = &request.response_prefix {
+            generation.begin_with(prefix);
+        }
+        Ok((generation, tokens))
+    }
+
+    fn sampler(&self, spec: super::sampler::SamplerSpec) -> Result<Sampler> {
+        let model = self.shared.model.llama();
+        let vocabulary = Vocabulary {
+            size: model.n_vocab(),
+            newline: model.special_tokens().nl,
+            eog: self.shared.model.eog_tokens(),
+            suppressed: self.shared.model.suppressed_tokens(),
+            context_size: self.shared.info.context_size,
+            model: Some(model),
+        };
+        Sampler::new(spec, vocabulary)
+    }
+
+    fn tokenize(&self, prompt: &Prompt, response_prefix: Option<&str>) -> Result<Vec<Token>> {
+        let model = self.shared.model.llama();
+        let tokens = match (prompt, response_prefix) {
+            (Prompt::Text { text, parse_special }, None) => self.shared.model.tokenize_prompt(text, *parse_special)?,
+            (Prompt::Text { text, parse_special }, Some(prefix)) => {
+                self.shared.model.tokenize_prompt(&format!("{text}{prefix}"), *parse_special)?
+            }
+            (Prompt::Tokens(tokens), None) => tokens.clone(),
+            (Prompt::Tokens(tokens), Some(prefix)) => [tokens.clone(), model.tokenize(prefix, false, false)?].concat(),
+        };
+        if let Some(&token) = tokens.iter().find(|&&token| !model.contains(token)) {
+            return Err(model.outside(token));
+        }
+        match tokens.is_empty() {
+            true => Err(Error::Value("the prompt is empty: it has no tokens, and this model adds no BOS token".into())),
+            false => Ok(tokens),
+        }
+    }
+
+    /// Cuts a prompt that is too long, where the caller allows it.
+    fn fit(&self, tokens: &mut Vec<Token>, request: &Request) -> Result<()> {
+        let limit = self.shared.info.context_size;
+        if tokens.len() <= limit {
+            return Ok(());
+        }
+        let reserve = (limit / ANSWER_PARTS).min(request.max_tokens.unwrap_or(usize::MAX)).max(1);
+        let room = limit.saturating_sub(reserve).max(1);
+        match request.overflow {
+            None | Some(Overflow::Stop) => Err(Error::ContextOverflow(format!(
+                "the prompt has {} tokens but the context holds {limit}; shorten it, raise context_size, or choose \
+                 overflow=\"truncate_middle\" or \"rolling_window\"",
+                tokens.len()
+            ))),
+            Some(overflow) => {
+                let dropped = tokens.len() - room;
+                let start = if overflow == Overflow::RollingWindow { 1.min(room - 1) } else { room / 2 };
+                tokens.drain(start..start + dropped);
+                Ok(())
+            }
+        }
+    }
+
+    /// Runs a generation to its end, or until its sequence is needed by others.
+    fn generate(&self, generation: Box<Generation>, tokens: Vec<Token>, terms: Terms, parkable: bool) {
+        let sink = Arc::clone(&generation.sink);
+        let flow = Arc::clone(&sink).as_flow();
+        if generation.is_complete() {
+            return self.evaluate_only(generation, tokens, terms, flow);
+        }
+        let cheap = generation.is_cheap();
+        let (along, mut here) =
+            if cheap { (Some(generation as Box<dyn Generator>), None) } else { (None, Some(generation)) };
+        self.begin(Job { parkable, ..self.job(tokens, Goal::Generate(along), terms, flow) });
+        let ended = self.attend(&mut here);
+        let Some(generation) = here.or(ended.generation) else {
+            return finish_early(&*sink, ended.end);
+        };
+        match ended.end {
+            End::Parked => self.park(Parked { generation, tokens: ended.tokens, terms }),
+            end => generation.finish(end),
+        }
+    }
+
+    /// `max_tokens=0`: the prompt is evaluated and nothing drawn.
+    fn evaluate_only(&self, mut generation: Box<Generation>, tokens: Vec<Token>, terms: Terms, flow: Arc<dyn Flow>) {
+        self.begin(self.job(tokens, Goal::Evaluate, terms, flow));
+        let ended = self.attend(&mut None);
+        generation.ended = Some((StopReason::MaxTokens, None));
+        generation.finish(ended.end);
+    }
+
+    fn park(&self, parked: Parked) {
+        let sink = Arc::clone(&parked.generation.sink);
+        let sequences = self.sequences.clone();
+        if let Some(sequences) = sequences.upgrade() {
+            sequences.remember_parked(&sink);
+        }
+        sink.parked(Box::new(move |end| match (end, sequences.upgrade()) {
+            (Some(end), _) => parked.generation.finish(end),
+            (None, None) => parked.generation.finish(End::Failed(closed("context"))),
+            (None, Some(sequences)) => {
+                let Terms { priority, deadline, .. } = parked.terms;
+                sequences.enter(priority, deadline, move |lease| match lease {
+                    Ok(lease) => lease.send_last(Command::Resume(Box::new(parked))),
+                    Err(error) => parked.generation.finish(End::Failed(error)),
+                });
+            }
+        }));
+    }
+
+    fn resume(&self, parked: Parked) {
+        self.generate(parked.generation, parked.tokens, parked.terms, true);
+    }
+
+    // ---- jobs -----------------------------------------------------------------------------------------------------
+
+    fn job(&self, tokens: Vec<Token>, goal: Goal, terms: Terms, flow: Arc<dyn Flow>) -> Job {
+        Job {
+            slot: self.slot,
+            tokens,
+            goal,
+            priority: terms.priority,
+            deadline: terms.deadline,
+            alone: terms.deterministic,
+            parkable: false,
+            overflow: terms.overflow.unwrap_or_default(),
+            flow,
+            replies: self.reply_sender.clone(),
+        }
+    }
+
+    fn begin(&self, job: Job) {
+        self.shared.send(Message::Begin(Box::new(job)));
+    }
+
+    /// Answers the decoder until the job is over.
+    fn attend(&self, generation: &mut Option<Box<Generation>>) -> Ended {
+        loop {
+            // The decoder may be gone: it answers every job before it goes, unless the job came too late.
+            let reply = match self.replies.recv_timeout(LIVENESS_CHECK) {
+                Ok(reply) => reply,
+                Err(_) if self.shared.has_ended() => match self.replies.try_recv() {
+                    Ok(reply) => reply,
+                    Err(_) => return Ended::failed(closed("context")),
+                },
+                Err(_) => continue,
+            };
+            match reply {
+                Reply::Row(row) => self.draw(generation.as_deref_mut(), row),
+                Reply::Ended { generator, end, scores, tokens } => {
+                    let generation = generator.and_then(|generator| (generator as Box<dyn Any>).downcast().ok());
+                    return Ended { generation, end, scores, tokens };
+                }
+            }
+        }
+    }
+
+    fn draw(&self, generation: Option<&mut Generation>, row: Vec<f32>) {
+        let Some(generation) = generation else { return };
+        let step = generation.advance(&row);
+        generation.sink.flush();
+        self.shared.send(Message::Drawn { slot: self.slot, step, row });
+    }
+
+    /// Runs a job without a generation.
+    fn run_job(&self, tokens: Vec<Token>, goal: Goal, cancel: Arc<AtomicBool>) -> Result<Vec<f32>> {
+        let terms = Terms { priority: 0, deadline: None, deterministic: false, overflow: None };
+        self.begin(self.job(tokens, goal, terms, Arc::new(Cancel(cancel))));
+        let ended = self.attend(&mut None);
+        match ended.end {
+            End::Done => Ok(ended.scores),
+            End::Cancelled | End::Parked => Err(Error::Cancelled),
+            End::ContextFull => Err(self.too_long(ended.tokens.len())),
+            End::Failed(error) => Err(error),
+        }
+    }
+
+    fn too_long(&self, n_tokens: usize) -> Error {
+        Error::ContextOverflow(format!(
+            "{n_tokens} tokens do not fit into a context of {}; other sequences may hold some of its cells",
+            self.shared.info.context_size
+        ))
+    }
+
+    // ---- the other commands ---------------------------------------------------------------------------------------
+
+    fn prefill(&self, prompt: Prompt, cancel: Arc<AtomicBool>) -> Result<usize> {
+        let tokens = self.tokenize(&prompt, None)?;
+        let n_tokens = tokens.len();
+        if n_tokens > self.shared.info.context_size {
+            return Err(self.too_long(n_tokens));
+        }
+        let counter = Arc::new(Counted { cancel, n_cached: std::sync::atomic::AtomicUsize::new(0) });
+        let terms = Terms { priority: 0, deadline: None, deterministic: false, overflow: None };
+        let flow: Arc<dyn Flow> = counter.clone();
+        self.begin(self.job(tokens, Goal::Evaluate, terms, flow));
+        match self.attend(&mut None).end {
+            End::Done => Ok(n_tokens - counter.n_cached.load(Ordering::Relaxed)),
+            End::Cancelled | End::Parked => Err(Error::Cancelled),
+            End::ContextFull => Err(self.too_long(n_tokens)),
+            End::Failed(error) => Err(error),
+        }
+    }
+
+    fn score(&self, tokens: Vec<Token>, cancel: Arc<AtomicBool>) -> Result<Vec<f32>> {
+        let model = self.shared.model.llama();
+        if let Some(&token) = tokens.iter().find(|&&token| !model.contains(token)) {
+            return Err(model.outside(token));
+        }
+        let mut all = self.shared.tokens(self.slot);
+        let from = all.len();
+        all.extend_from_slice(&tokens);
+        if all.len() > self.shared.info.context_size {
+            return Err(self.too_long(all.len()));
+        }
+        let mut scores = self.run_job(all, Goal::Score(from), cancel)?;
+        if from == 0 {
+            // Nothing comes before the first token, so nothing predicts it.
+            scores.insert(0, f32::NAN);
+        }
+        Ok(scores)
+    }
+
+    fn fork(&self, lease: Lease) -> Result<Lease> {
+        match self.change(MemoryOp::CopyTo(lease.slot()))? {
+            MemoryReply::Reevaluate(tokens) => {
+                let prompt = Prompt::Tokens(tokens);
+                let (report, reported) = channel();
+                lease.prefill(prompt, Arc::default(), Box::new(move |outcome| drop(report.send(outcome))));
+                reported.recv().map_err(|_| closed("context"))??;
+                Ok(lease)
+            }
+            _ => Ok(lease),
+        }
+    }
+
+    fn erase(&self, ranges: Vec<(usize, usize)>, cancel: Arc<AtomicBool>) -> Result<()> {
+        match self.change(MemoryOp::Erase(ranges))? {
+            MemoryReply::Reevaluate(tokens) if !tokens.is_empty() => {
+                self.run_job(tokens, Goal::Evaluate, cancel).map(drop)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        Fingerprint::new(self.shared.model.fingerprint(), &self.shared.layout)
+    }
+
+    fn save(&self, path: &std::path::Path) -> Result<()> {
+        match self.change(MemoryOp::Save)? {
+            MemoryReply::State(tokens, bytes) => state::write(path, self.fingerprint(), &tokens, &bytes),
+            _ => Ok(()),
+        }
+    }
+
+    fn load(&self, path: &std::path::Path) -> Result<()> {
+        let (tokens, bytes) = state::read(path, self.fingerprint())?;
+        self.change(MemoryOp::Restore(tokens, bytes)).map(drop)
+    }
+
+    fn change(&self, op: MemoryOp) -> Result<MemoryReply> {
+        let (reply, replied) = channel();
+        self.shared.send(Message::Memory { slot: self.slot, op, reply });
+        replied.recv().map_err(|_| closed("context"))?
+    }
+}
+
+/// How long to wait for the decoder before asking whether it still lives.
+const LIVENESS_CHECK: std::time::Duration = std::time::Duration::from_millis(500);
+
+impl Ended {
+    fn failed(error: Error) -> Self {
+        Self { generation: None, end: End::Failed(error), scores: Vec::new(), tokens: Vec::new() }
+    }
+}
+
+/// A flow that remembers how much was cached.
+struct Counted {
+    cancel: Arc<AtomicBool>,
+    n_cached: std::sync::atomic::AtomicUsize,
+}
+
+impl Flow for Counted {
+    fn cancel_flag(&self) -> &Arc<AtomicBool> {
+        &self.cancel
+    }
+
+    fn admitted(&self, n_cached: usize, _n_total: usize) {
+        self.n_cached.store(n_cached, Ordering::Relaxed);
+    }
+}
+
+fn cancelled(sink: &dyn Sink) -> End {
+    sink.cancel_error().map_or(End::Cancelled, End::Failed)
+}
+
+/// Ends a prediction that drew nothing.
+pub fn finish_early(sink: &dyn Sink, end: End) {
+    let (stop_reason, error) = match end {
+        End::Failed(error) => (StopReason::Cancelled, Some(error)),
+        End::ContextFull => (StopReason::ContextFull, None),
+        End::Done | End::Cancelled | End::Parked => (StopReason::Cancelled, None),
+    };
+    sink.finish(Outcome { stop_reason, stop_string: None, error });
+}

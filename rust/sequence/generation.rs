@@ -1,0 +1,163 @@
+//! One generation: a row of logits in, a token drawn, its text published, and how to go on.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::sampler::{Sampler, TokenLogprob};
+use super::text::{StopMatch, TextStream};
+use super::{Outcome, Sink};
+use crate::context::job::{End, Generator, Step};
+use crate::error::Error;
+use crate::llama::{Model, Token};
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StopReason {
+    /// The model drew an end-of-generation token.
+    #[default]
+    Eos,
+    /// A stop string or stop tokens matched.
+    StopString,
+    /// As many tokens as wanted.
+    MaxTokens,
+    /// The context is full.
+    ContextFull,
+    /// Cancelled.
+    Cancelled,
+}
+
+impl StopReason {
+    /// The name users see.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Eos => "eos",
+            Self::StopString => "stop_string",
+            Self::MaxTokens => "max_tokens",
+            Self::ContextFull => "context_full",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// A token that was drawn.
+pub struct Drawn {
+    /// The token.
+    pub token: Token,
+    /// Its log-probability, if asked for.
+    pub logprob: Option<TokenLogprob>,
+}
+
+/// The state of one generation between two rows.
+pub struct Generation {
+    pub sampler: Sampler,
+    pub text: TextStream,
+    pub sink: Arc<dyn Sink>,
+    pub model: Arc<Model>,
+    pub ignore_eos: bool,
+    pub max_tokens: Option<usize>,
+    pub started: Instant,
+    pub n_drawn: usize,
+    /// Whether the text needs the clock (token batching).
+    pub needs_clock: bool,
+    pub piece: Vec<u8>,
+    pub shown: String,
+    pub ended: Option<(StopReason, Option<String>)>,
+    pub error: Option<Error>,
+}
+
+impl Generation {
+    /// Whether drawing costs less than waking another thread.
+    pub fn is_cheap(&self) -> bool {
+        self.sampler.is_cheap()
+    }
+
+    /// Whether nothing is to be drawn at all.
+    pub fn is_complete(&self) -> bool {
+        self.max_tokens.is_some_and(|limit| self.n_drawn >= limit)
+    }
+
+    /// Shows the response prefix, which is content like the rest.
+    pub fn begin_with(&mut self, prefix: &str) {
+        self.text.prefix(prefix, &mut self.shown);
+        self.show(None);
+    }
+
+    fn stop(&mut self, reason: StopReason, stop_string: Option<String>) -> Step {
+        self.ended = Some((reason, stop_string));
+        Step::Stop
+    }
+
+    fn fail(&mut self, error: Error) -> Step {
+        self.error = Some(error);
+        Step::Stop
+    }
+
+    fn now(&self) -> f64 {
+        if self.needs_clock { self.started.elapsed().as_secs_f64() } else { 0.0 }
+    }
+
+    /// Publishes the text that the last token brought.
+    fn show(&mut self, drawn: Option<Drawn>) -> bool {
+        let paused = self.sink.publish(drawn, &self.shown);
+        self.shown.clear();
+        paused
+    }
+
+    fn take_token(&mut self, drawn: Drawn) -> Step {
+        let token = drawn.token;
+        if !self.ignore_eos && self.model.is_eog(token) {
+            return self.stop(StopReason::Eos, None);
+        }
+        self.piece.clear();
+        if let Err(error) = self.model.token_to_piece(token, false, &mut self.piece) {
+            return self.fail(error);
+        }
+        self.n_drawn += 1;
+        let stopped = self.text.push(token, &self.piece, self.now(), &mut self.shown);
+        let paused = self.show(Some(drawn));
+        if let Some(stop) = stopped {
+            let text = self.stop_text(stop);
+            return self.stop(StopReason::StopString, Some(text));
+        }
+        match (self.is_complete(), paused) {
+            (true, _) => self.stop(StopReason::MaxTokens, None),
+            (false, true) => Step::Pause(token),
+            (false, false) => Step::Next(token),
+        }
+    }
+
+    /// The text of a stop; control tokens in a list have one only when special tokens are shown.
+    fn stop_text(&self, stop: StopMatch) -> String {
+        if stop.tokens.is_empty() {
+            return stop.stop;
+        }
+        self.model.detokenize(&stop.tokens, true).unwrap_or(stop.stop)
+    }
+
+    /// Publishes what is left and how it ended.
+    pub fn finish(mut self, end: End) {
+        let (mut reason, mut stop_string) = self.ended.take().unwrap_or_default();
+        let mut error = self.error.take();
+        match end {
+            End::Done | End::Parked => {}
+            End::Cancelled => reason = StopReason::Cancelled,
+            End::ContextFull => reason = StopReason::ContextFull,
+            End::Failed(reason) => error = Some(reason),
+        }
+        if let Some(stop) = self.text.finish(&mut self.shown) {
+            (reason, stop_string) = (StopReason::StopString, Some(self.stop_text(stop)));
+        }
+        self.show(None);
+        self.sink.finish(Outcome { stop_reason: reason, stop_string, error });
+    }
+}
+
+impl Generator for Generation {
+    fn advance(&mut self, logits: &[f32]) -> Step {
+        match self.sampler.sample(logits) {
+            Ok(sampled) => self.take_token(Drawn { token: sampled.token, logprob: sampled.logprob }),
+            Err(error) => self.fail(error),
+        }
+    }
+}

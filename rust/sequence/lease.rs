@@ -1,0 +1,293 @@
+//! Who holds which sequence of a context, and the threads behind them.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::Instant;
+
+use super::actor::{Actor, Command, Prediction, STACK_BYTES};
+use super::{Done, Prompt, Request, Sink};
+use crate::context::pool::WaiterId;
+use crate::context::{self, Shared, Slot};
+use crate::error::{Error, Result, closed};
+use crate::llama::{ContextParams, Token};
+use crate::model::Model;
+
+/// A context with the actors of its sequences.
+pub struct Sequences {
+    shared: Arc<Shared>,
+    inboxes: Vec<OnceLock<Sender<Command>>>,
+    /// Predictions that hold no sequence, so that closing the context finds them.
+    parked: Mutex<Vec<Weak<dyn Sink>>>,
+    this: Weak<Self>,
+}
+
+/// All contexts of the process, for the end of the interpreter.
+static CONTEXTS: Mutex<Vec<Weak<Sequences>>> = Mutex::new(Vec::new());
+
+impl Sequences {
+    /// Makes a context. Blocks while llama.cpp allocates.
+    ///
+    /// # Errors
+    /// What making the context failed with.
+    pub fn start(model: &Arc<Model>, params: ContextParams) -> Result<Arc<Self>> {
+        let shared = context::start(model, params)?;
+        let n = shared.info.n_sequences;
+        let sequences = Arc::new_cyclic(|this| Self {
+            shared,
+            inboxes: (0..n).map(|_| OnceLock::new()).collect(),
+            parked: Mutex::default(),
+            this: this.clone(),
+        });
+        let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
+        contexts.retain(|context| context.strong_count() > 0);
+        contexts.push(Arc::downgrade(&sequences));
+        Ok(sequences)
+    }
+
+    /// All contexts that are alive.
+    #[must_use]
+    pub fn all() -> Vec<Arc<Self>> {
+        CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// The context.
+    #[must_use]
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// A sequence when one is free; first come, first served. The result names the waiter, so that it can leave.
+    pub fn acquire(&self, done: Done<Lease>) -> WaiterId {
+        let this = self.this.clone();
+        self.shared.pool.take(0, None, Box::new(move |slot| done(slot.and_then(|slot| lease(&this, slot)))))
+    }
+
+    /// A sequence if one is free now.
+    ///
+    /// # Errors
+    /// `Closed` for a closed context.
+    pub fn try_acquire(&self) -> Result<Option<Lease>> {
+        let slot = self.shared.pool.try_take()?;
+        slot.map(|slot| lease(&self.this, slot)).transpose()
+    }
+
+    /// Predicts on a sequence of its own, as soon as one is free. The result names the waiter.
+    pub fn predict(&self, request: Request, sink: Arc<dyn Sink>) -> WaiterId {
+        let prediction = Prediction { request, sink };
+        let (priority, deadline) = (prediction.request.priority, prediction.request.deadline);
+        self.enter(priority, deadline, move |lease| match lease {
+            Ok(lease) => lease.send_last(Command::Predict(Box::new(prediction))),
+            Err(error) => prediction.fail(error),
+        })
+    }
+
+    /// Calls `run` with a sequence that gives itself back after its last command.
+    pub(super) fn enter(
+        &self,
+        priority: i32,
+        deadline: Option<Instant>,
+        run: impl FnOnce(Result<Lease>) + Send + 'static,
+    ) -> WaiterId {
+        let this = self.this.clone();
+        let waiter = self.shared.pool.take(
+            priority,
+            deadline,
+            Box::new(move |slot| run(slot.and_then(|slot| lease(&this, slot)))),
+        );
+        // The decoder keeps the deadlines and parks paused jobs for those who wait.
+        self.shared.wake();
+        waiter
+    }
+
+    /// The actor of a sequence; its thread starts with its first command and lives as long as the context.
+    fn inbox(&self, slot: Slot) -> Result<Sender<Command>> {
+        let cell = &self.inboxes[slot as usize];
+        if let Some(inbox) = cell.get() {
+            return Ok(inbox.clone());
+        }
+        let (inbox, commands) = channel();
+        let actor = Actor::new(slot, Arc::clone(&self.shared), self.this.clone(), commands);
+        std::thread::Builder::new()
+            .name(format!("llamactor-seq-{slot}"))
+            .stack_size(STACK_BYTES)
+            .spawn(move || actor.run())
+            .map_err(|source| Error::Io { context: "cannot start a sequence's thread".into(), source })?;
+        Ok(cell.get_or_init(|| inbox).clone())
+    }
+
+    /// Remembers a prediction that was parked.
+    pub(super) fn remember_parked(&self, sink: &Arc<dyn Sink>) {
+        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
+        parked.retain(|sink| sink.strong_count() > 0);
+        parked.push(Arc::downgrade(sink));
+    }
+
+    /// Begins to close the context: see [`Shared::close`]. The actors end with their inboxes.
+    pub fn close(&self) {
+        self.shared.close();
+        let parked = std::mem::take(&mut *self.parked.lock().unwrap_or_else(PoisonError::into_inner));
+        for sink in parked.iter().filter_map(Weak::upgrade) {
+            sink.close();
+        }
+        for inbox in self.inboxes.iter().filter_map(OnceLock::get) {
+            let _ = inbox.send(Command::End);
+        }
+    }
+}
+
+impl Drop for Sequences {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn lease(sequences: &Weak<Sequences>, slot: Slot) -> Result<Lease> {
+    let sequences = sequences.upgrade().ok_or_else(|| closed("context"))?;
+    let inbox = match sequences.inbox(slot) {
+        Ok(inbox) => inbox,
+        Err(error) => {
+            sequences.shared.pool.give_back(slot);
+            return Err(error);
+        }
+    };
+    let before = sequences.shared.usage(slot).snapshot();
+    Ok(Lease { slot, before, inbox, closed: Arc::default(), running: Arc::default(), sequences })
+}
+
+/// A held sequence. Dropping it gives the sequence back; its cached tokens stay until the room is needed.
+pub struct Lease {
+    slot: Slot,
+    inbox: Sender<Command>,
+    closed: Arc<AtomicBool>,
+    /// Set by `close` to end what runs.
+    running: Arc<Mutex<Vec<Weak<dyn Sink>>>>,
+    /// What had gone through the sequence before.
+    before: [u64; 3],
+    sequences: Arc<Sequences>,
+}
+
+impl Lease {
+    /// Index of the sequence in its context.
+    #[must_use]
+    pub fn slot(&self) -> Slot {
+        self.slot
+    }
+
+    /// The context.
+    #[must_use]
+    pub fn shared(&self) -> &Arc<Shared> {
+        self.sequences.shared()
+    }
+
+    /// Whether it was closed, or its context was.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire) || self.shared().is_closing()
+    }
+
+    /// Prompt, cached and predicted tokens of this holder.
+    #[must_use]
+    pub fn usage(&self) -> [u64; 3] {
+        let now = self.shared().usage(self.slot).snapshot();
+        std::array::from_fn(|index| now[index] - self.before[index])
+    }
+
+    fn require_open(&self) -> Result<()> {
+        if self.is_closed() { Err(closed("sequence")) } else { Ok(()) }
+    }
+
+    fn send(&self, command: Command) {
+        let _ = self.inbox.send(Command::Leased(Arc::clone(&self.closed), Box::new(command)));
+    }
+
+    /// Sends a last command, after which the sequence goes back.
+    pub(super) fn send_last(self, command: Command) {
+        let _ = self.inbox.send(command);
+    }
+
+    /// Continues the prompt, after what was asked of the sequence before.
+    pub fn predict(&self, request: Request, sink: Arc<dyn Sink>) {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.retain(|sink| sink.strong_count() > 0);
+        running.push(Arc::downgrade(&sink));
+        drop(running);
+        self.send(Command::Predict(Box::new(Prediction { request, sink })));
+    }
+
+    /// Evaluates a prompt; gives the number of tokens that were not cached.
+    pub fn prefill(&self, prompt: Prompt, cancel: Arc<AtomicBool>, done: Done<usize>) {
+        self.send(Command::Prefill { prompt, cancel, done });
+    }
+
+    /// Log-probabilities of `tokens` after what the sequence holds.
+    pub fn score(&self, tokens: Vec<Token>, cancel: Arc<AtomicBool>, done: Done<Vec<f32>>) {
+        self.send(Command::Score { tokens, cancel, done });
+    }
+
+    /// Another sequence that holds the same tokens. With `wait`, as soon as one is free; the result names the waiter.
+    pub fn fork(&self, wait: bool, done: Done<Lease>) -> Option<WaiterId> {
+        if let Err(error) = self.require_open() {
+            done(Err(error));
+            return None;
+        }
+        let (inbox, closed) = (self.inbox.clone(), Arc::clone(&self.closed));
+        let copy = move |lease: Result<Lease>| match lease {
+            Ok(lease) => {
+                let _ = inbox.send(Command::Leased(closed, Box::new(Command::Fork { lease, done })));
+            }
+            Err(error) => done(Err(error)),
+        };
+        if wait {
+            return Some(self.sequences.acquire(Box::new(copy)));
+        }
+        match self.sequences.try_acquire() {
+            Ok(Some(lease)) => copy(Ok(lease)),
+            Ok(None) => copy(Err(Error::Busy(format!(
+                "all {} sequences of the context are held; close one, pass a timeout, or open the context with more",
+                self.shared().info.n_sequences
+            )))),
+            Err(error) => copy(Err(error)),
+        }
+        None
+    }
+
+    /// Removes ranges of tokens and closes the gaps.
+    pub fn erase(&self, ranges: Vec<(usize, usize)>, cancel: Arc<AtomicBool>, done: Done<()>) {
+        self.send(Command::Erase { ranges, cancel, done });
+    }
+
+    /// Forgets all tokens.
+    pub fn clear(&self, done: Done<()>) {
+        self.send(Command::Clear { done });
+    }
+
+    /// Writes tokens and state to a file.
+    pub fn save(&self, path: PathBuf, done: Done<()>) {
+        self.send(Command::Save { path, done });
+    }
+
+    /// Reads tokens and state from a file.
+    pub fn load(&self, path: PathBuf, done: Done<()>) {
+        self.send(Command::Load { path, done });
+    }
+
+    /// Closes it at once: what runs or waits on it ends with `Closed`. Idempotent.
+    pub fn close(&self) {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let running = std::mem::take(&mut *self.running.lock().unwrap_or_else(PoisonError::into_inner));
+        for sink in running.iter().filter_map(Weak::upgrade) {
+            sink.close();
+        }
+        let _ = self.inbox.send(Command::Release);
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

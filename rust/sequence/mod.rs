@@ -1,0 +1,90 @@
+//! ④ One actor, one thread, one prediction at a time.
+
+mod actor;
+mod generation;
+mod lease;
+pub mod logits;
+pub mod sampler;
+mod state;
+pub mod text;
+
+use std::sync::Arc;
+
+pub use generation::{Drawn, StopReason};
+pub use lease::{Lease, Sequences};
+pub use state::Fingerprint;
+
+use crate::context::job::{End, Flow, Overflow};
+use crate::error::{Error, Result};
+use crate::llama::Token;
+use sampler::SamplerSpec;
+use text::TextOptions;
+
+/// What to continue.
+#[derive(Clone, Debug)]
+pub enum Prompt {
+    /// Text; `parse_special` lets it name control tokens.
+    Text {
+        /// The text.
+        text: String,
+        /// Whether control tokens may be named.
+        parse_special: bool,
+    },
+    /// Tokens as they are.
+    Tokens(Vec<Token>),
+}
+
+/// How to generate.
+pub struct Request {
+    /// What to continue.
+    pub prompt: Prompt,
+    /// How tokens are drawn.
+    pub sampler: SamplerSpec,
+    /// How text is cut and stopped.
+    pub text: TextOptions,
+    /// Tokens at most; `None` has no limit.
+    pub max_tokens: Option<usize>,
+    /// Text that the answer begins with.
+    pub response_prefix: Option<String>,
+    /// Evaluated alone, in fixed chunks, without reuse.
+    pub deterministic: bool,
+    /// Higher comes first.
+    pub priority: i32,
+    /// When to give up.
+    pub deadline: Option<std::time::Instant>,
+    /// What to do with a prompt that is too long, and when the context is full. `None`: refuse, and stop.
+    pub overflow: Option<Overflow>,
+}
+
+/// How a prediction ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Why, where it did not fail.
+    pub stop_reason: StopReason,
+    /// The stop string that matched.
+    pub stop_string: Option<String>,
+    /// What it failed with.
+    pub error: Option<Error>,
+}
+
+/// Where a generation's output goes.
+pub trait Sink: Flow {
+    /// Takes a drawn token and the text that can be shown now. Returns whether readers lag, so that the generation
+    /// should pause.
+    fn publish(&self, drawn: Option<Drawn>, text: &str) -> bool;
+    /// The prediction is over.
+    fn finish(&self, outcome: Outcome);
+    /// The sequence was given up while paused. To be called once: with nothing to get a sequence again and go on, or
+    /// with an end.
+    fn parked(&self, resume: Resume);
+    /// The sequence or its context was closed: end with `Closed`.
+    fn close(&self);
+    /// As `Flow`, which a job needs.
+    fn as_flow(self: Arc<Self>) -> Arc<dyn Flow>;
+}
+
+/// How a parked prediction goes on or ends.
+pub type Resume = Box<dyn FnOnce(Option<End>) + Send>;
+
+/// What becomes of an asynchronous operation.
+pub type Done<T> = Box<dyn FnOnce(Result<T>) + Send>;

@@ -1,0 +1,171 @@
+//! A sequence's state in a file: tokens, the bytes of its cells, and what they belong to.
+//!
+//! ```text
+//! "LLAMACTOR-STATE\n"  version u32  fingerprint u128  layout hash u64  n_tokens u64  n_bytes u64
+//! tokens (i32 each)  state bytes  xxh3-128 of everything before
+//! ```
+//! All little-endian. llama.cpp trusts the bytes it is given, so nothing reaches it that is not exactly what was
+//! written by the same model with the same layout.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
+
+use crate::error::{Error, Result};
+use crate::llama::Token;
+
+const MAGIC: &[u8; 16] = b"LLAMACTOR-STATE\n";
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 16 + 4 + 16 + 8 + 8 + 8;
+const CHECKSUM_BYTES: usize = 16;
+
+/// What a state belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fingerprint {
+    /// The model, its quantisation and its adapters.
+    pub model: u128,
+    /// Hash of the cache's types and kind.
+    pub layout: u64,
+}
+
+impl Fingerprint {
+    /// Of a model in a context of this layout.
+    #[must_use]
+    pub fn new(model: u128, layout: &str) -> Self {
+        Self { model, layout: xxh3_64(layout.as_bytes()) }
+    }
+}
+
+/// Writes the file at once or not at all.
+pub fn write(path: &Path, fingerprint: Fingerprint, tokens: &[Token], state: &[u8]) -> Result<()> {
+    let bytes = encode(fingerprint, tokens, state);
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path.file_name().ok_or_else(|| Error::Value(format!("{} names no file", path.display())))?;
+    let temporary = directory.join(format!(".{}.{}.partial", name.to_string_lossy(), std::process::id()));
+    let written = write_and_rename(&temporary, path, &bytes);
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    written.map_err(|source| Error::Io { context: format!("cannot save the state to {}", path.display()), source })
+}
+
+fn write_and_rename(temporary: &Path, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = fs::File::create(temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(temporary, path)
+}
+
+fn encode(fingerprint: Fingerprint, tokens: &[Token], state: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + tokens.len() * 4 + state.len() + CHECKSUM_BYTES);
+    bytes.extend_from_slice(MAGIC);
+    bytes.extend_from_slice(&VERSION.to_le_bytes());
+    bytes.extend_from_slice(&fingerprint.model.to_le_bytes());
+    bytes.extend_from_slice(&fingerprint.layout.to_le_bytes());
+    bytes.extend_from_slice(&(tokens.len() as u64).to_le_bytes());
+    bytes.extend_from_slice(&(state.len() as u64).to_le_bytes());
+    bytes.extend(tokens.iter().flat_map(|token| token.to_le_bytes()));
+    bytes.extend_from_slice(state);
+    let checksum = xxh3_128(&bytes);
+    bytes.extend_from_slice(&checksum.to_le_bytes());
+    bytes
+}
+
+/// Reads tokens and state of a file that belongs to `expected`.
+///
+/// # Errors
+/// `StateMismatch` for another model, another layout, or a damaged file; `Io` when it cannot be read.
+pub fn read(path: &Path, expected: Fingerprint) -> Result<(Vec<Token>, Vec<u8>)> {
+    let bytes = read_regular(path)
+        .map_err(|source| Error::Io { context: format!("cannot read the state {}", path.display()), source })?;
+    decode(&bytes, expected).map_err(|reason| Error::StateMismatch(format!("{}: {reason}", path.display())))
+}
+
+/// A FIFO would block for ever and a device never end.
+fn read_regular(path: &Path) -> std::io::Result<Vec<u8>> {
+    if !fs::metadata(path)?.is_file() {
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    fs::read(path)
+}
+
+fn decode(bytes: &[u8], expected: Fingerprint) -> Result<(Vec<Token>, Vec<u8>), String> {
+    if bytes.len() < HEADER_BYTES + CHECKSUM_BYTES || &bytes[..16] != MAGIC {
+        return Err("this is not a saved sequence state, or it was cut off".into());
+    }
+    let (content, checksum) = bytes.split_at(bytes.len() - CHECKSUM_BYTES);
+    let version = u32::from_le_bytes(array(content, 16));
+    if version != VERSION {
+        return Err(format!("its version is {version}; this release reads version {VERSION}"));
+    }
+    if xxh3_128(content) != u128::from_le_bytes(array(checksum, 0)) {
+        return Err("its checksum does not match: the file is truncated or was changed".into());
+    }
+    let found =
+        Fingerprint { model: u128::from_le_bytes(array(content, 20)), layout: u64::from_le_bytes(array(content, 36)) };
+    if found.model != expected.model {
+        return Err("it was saved by another model, quantisation or LoRA".into());
+    }
+    if found.layout != expected.layout {
+        return Err("it was saved with another layout (kv_type_k, kv_type_v, swa_full)".into());
+    }
+    split(content)
+}
+
+fn split(content: &[u8]) -> Result<(Vec<Token>, Vec<u8>), String> {
+    let n_tokens = u64::from_le_bytes(array(content, 44));
+    let n_bytes = u64::from_le_bytes(array(content, 52));
+    let body = &content[HEADER_BYTES..];
+    let expected = n_tokens.checked_mul(4).and_then(|tokens| tokens.checked_add(n_bytes));
+    if expected != Some(body.len() as u64) {
+        return Err(format!("it announces {n_tokens} tokens and {n_bytes} bytes of state but holds {}", body.len()));
+    }
+    let (tokens, state) = body.split_at(n_tokens as usize * 4);
+    let tokens = tokens.chunks_exact(4).map(|bytes| Token::from_le_bytes(array(bytes, 0))).collect();
+    Ok((tokens, state.to_vec()))
+}
+
+/// `N` bytes at `start`, which the caller knows to be there.
+fn array<const N: usize>(bytes: &[u8], start: usize) -> [u8; N] {
+    let mut array = [0; N];
+    array.copy_from_slice(&bytes[start..start + N]);
+    array
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HERE: Fingerprint = Fingerprint { model: 7, layout: 9 };
+
+    #[test]
+    fn a_state_comes_back_as_it_was() {
+        let bytes = encode(HERE, &[1, -2, 3], b"state");
+        assert_eq!(decode(&bytes, HERE), Ok((vec![1, -2, 3], b"state".to_vec())));
+    }
+
+    #[test]
+    fn every_changed_byte_is_noticed() {
+        let bytes = encode(HERE, &[1, 2], b"state");
+        for index in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[index] ^= 1;
+            assert!(decode(&damaged, HERE).is_err(), "byte {index}");
+        }
+    }
+
+    #[test]
+    fn every_truncation_is_noticed() {
+        let bytes = encode(HERE, &[1, 2], b"state");
+        assert!((0..bytes.len()).all(|length| decode(&bytes[..length], HERE).is_err()));
+    }
+
+    #[test]
+    fn another_model_or_layout_is_refused() {
+        let bytes = encode(HERE, &[1], b"");
+        assert!(decode(&bytes, Fingerprint { model: 8, ..HERE }).unwrap_err().contains("another model"));
+        assert!(decode(&bytes, Fingerprint { layout: 8, ..HERE }).unwrap_err().contains("another layout"));
+    }
+}

@@ -1,0 +1,103 @@
+"""What all tests share: loops to run on, models to load, gates to hold a generation at."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+import uvloop
+
+import llamactor
+from tests.models import tiny_llama
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from pathlib import Path
+
+TIME_SCALE = float(os.environ.get("LLAMACTOR_TEST_TIME_SCALE", "1"))
+"""Multiplies every limit of the tests; raise it on a slow machine."""
+
+PATIENCE = 60.0 * TIME_SCALE
+"""Seconds after which a test that waits for something has failed."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "every_loop: runs on asyncio and on uvloop")
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    if item.get_closest_marker("every_loop") is None:
+        return {"asyncio": asyncio.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+class Gate:
+    """A logits processor that lets one token through per permit.
+
+    It runs on the sequence's own thread, so a closed gate stalls that sequence and nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._permits = threading.Semaphore(0)
+        self._arrivals = threading.Semaphore(0)
+        self._open = False
+        self.arrived = 0
+
+    def __call__(self, tokens: list[int], logits: memoryview) -> None:
+        self.arrived += 1
+        self._arrivals.release()
+        if not self._open and not self._permits.acquire(timeout=PATIENCE):
+            raise TimeoutError("nobody opened the gate")
+
+    def allow(self, count: int = 1) -> None:
+        """Let `count` more tokens through."""
+        self._permits.release(count)
+
+    def open(self) -> None:
+        """Let everything through from now on."""
+        self._open = True
+        self._permits.release(1000)
+
+    async def reached(self) -> None:
+        """Wait until a generation stands before the gate once more."""
+        arrived = await asyncio.to_thread(self._arrivals.acquire, timeout=PATIENCE)
+        assert arrived, "no generation reached the gate"
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    """A closed gate; opened at the end, so that no thread stays behind it."""
+    gate = Gate()
+    yield gate
+    gate.open()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of generated models."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(models: Path) -> Path:
+    """A file with a Llama of 64 by 4 and random weights; it never ends by itself."""
+    return tiny_llama(models / "tiny.gguf")
+
+
+@pytest.fixture
+async def tiny_model(tiny_model_path: Path) -> AsyncIterator[llamactor.Model]:
+    """The tiny model with 8 sequences in 2,048 cells, on one thread."""
+    async with llamactor.load_model(tiny_model_path, context_size=2048, threads=1) as model:
+        yield model
+
+
+@pytest.fixture
+async def smollm2() -> AsyncIterator[llamactor.Model]:
+    """SmolLM2-135M-Instruct, the default model."""
+    async with llamactor.load_model("smollm2", context_size=2048, threads=1) as model:
+        yield model
