@@ -1,4 +1,21 @@
+from types import GenericAlias
 from typing import Generic, TypeVar, final
+
+__all__ = [
+    "Call",
+    "Context",
+    "Hub",
+    "Model",
+    "Prediction",
+    "Sequence",
+    "after_fork_in_child",
+    "devices",
+    "load_model",
+    "read_metadata",
+    "set_log_callback_level",
+    "shutdown",
+    "system_info",
+]
 
 _T_co = TypeVar("_T_co", covariant=True)
 
@@ -11,6 +28,8 @@ class Hub:
 
 @final
 class Call(Generic[_T_co]):
+    @classmethod
+    def __class_getitem__(cls, key: object) -> GenericAlias: ...
     @property
     def id(self) -> int: ...
     @property

@@ -67,7 +67,7 @@ pub(super) fn install() {
 unsafe extern "C" fn write_line(level: sys::ggml_log_level, text: *const c_char, _: *mut c_void) {
     let level = match level {
         sys::GGML_LOG_LEVEL_CONT => LAST.load(Ordering::Relaxed),
-        other => other as u32,
+        other => other,
     };
     LAST.store(level, Ordering::Relaxed);
     if text.is_null() {

@@ -17,7 +17,7 @@ use crate::context::job::{End, Flow};
 use crate::error::{Error, closed};
 use crate::llama::Token;
 use crate::sequence::sampler::TokenLogprob;
-use crate::sequence::{Drawn, Outcome, Resume, Sink};
+use crate::sequence::{Drawn, Outcome, Resume, Sink, StopReason};
 
 /// What happens to the rest of the core when readers change their minds.
 pub type Nudge = Box<dyn Fn() + Send + Sync>;
@@ -221,6 +221,17 @@ impl Prediction {
         Some(look(&outcome, finished))
     }
 
+    /// A prediction that was cancelled before its context closed ended by the cancel.
+    fn first_reason(&self, outcome: Outcome) -> Outcome {
+        let cancelled = self.why.load(Ordering::SeqCst) == CANCELLED;
+        match outcome.error {
+            Some(Error::Closed(_)) if cancelled => {
+                Outcome { stop_reason: StopReason::Cancelled, stop_string: None, error: None }
+            }
+            _ => outcome,
+        }
+    }
+
     fn log(&self) -> std::sync::MutexGuard<'_, Log> {
         lock(&self.log)
     }
@@ -273,7 +284,7 @@ impl Sink for Prediction {
     }
 
     fn finish(&self, outcome: Outcome) {
-        self.log().finish(outcome);
+        self.log().finish(self.first_reason(outcome));
         drop(lock(&self.nudge).take());
         self.target.post();
     }

@@ -30,6 +30,7 @@ impl TextOrTokens {
     }
 }
 
+type DryItems = (f32, f32, i32, Option<usize>, Vec<String>);
 type PenaltyItems = (f32, usize, f32, f32, bool, Option<Py<PyAny>>);
 
 /// The options of `predict`.
@@ -46,7 +47,7 @@ pub struct PredictOptions {
     typical_p: Option<f32>,
     top_n_sigma: Option<f32>,
     xtc: Option<(f32, f32)>,
-    dry: Option<(f32, f32, i32, Option<usize>, Vec<String>)>,
+    dry: Option<DryItems>,
     mirostat: Option<(i32, f32, f32)>,
     dynamic_temperature: Option<(f32, f32)>,
     repeat_penalty: Option<PenaltyItems>,

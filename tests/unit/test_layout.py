@@ -21,36 +21,30 @@ ROOT = Path(__file__).resolve().parents[2]
 RUST = ROOT / "rust"
 PYTHON = ROOT / "python" / "llamactor"
 
-# Which rooms of the crate a room may name. Data flows from left to right (llama, model, context,
-# sequence, prediction, python); context and sequence know each other through their messages.
-RUST_ROOMS = {
-    "error": {"error"},
-    "llama": {"error", "llama"},
-    "model": {"error", "llama", "model"},
-    "prediction": {"error", "llama", "prediction"},
-    "sequence": {"error", "llama", "model", "prediction", "sequence", "context"},
-    "context": {"error", "llama", "model", "prediction", "sequence", "context"},
-    "python": {"error", "llama", "model", "prediction", "sequence", "context", "python"},
-}
+# Which rooms of the crate a room may name: only what stands before it in the flow of the data.
+FLOW = ("error", "llama", "model", "context", "sequence", "prediction", "python")
+RUST_ROOMS = {room: set(FLOW[: index + 1]) for index, room in enumerate(FLOW)}
 
 # Which modules of the package a module may import when it runs; names only for types are free.
 PYTHON_MODULES = {
     "_core": set[str](),
     "errors": set[str](),
-    "_checks": {"errors"},
-    "options": {"_checks", "errors"},
+    "_checks": set[str](),
+    "_opening": set[str](),
+    "options": {"_checks"},
     "_hub": {"_core", "errors"},
-    "prediction": {"_core", "_hub", "errors", "options"},
-    "sequence": {"_core", "_hub", "errors", "options", "prediction"},
-    "context": {"_core", "_hub", "errors", "options", "prediction", "sequence"},
-    "model": {"_core", "_hub", "errors", "options", "prediction", "sequence", "context"},
+    "prediction": {"_hub", "errors", "options"},
+    "sequence": {"_checks", "_hub", "errors", "options", "prediction"},
+    "context": {"_checks", "_hub", "_opening", "sequence"},
+    "model": {"_checks", "_hub", "_opening", "context", "errors", "options", "prediction"},
+    "loading": {"_checks", "_core", "_hub", "errors", "model", "options", "prediction"},
 }
 
 TOP_LEVEL = {
     *("Cargo.toml", "Cargo.lock", "pyproject.toml", "Makefile", "LICENSE"),
     *("README.md", "ARCHITECTURE.md"),
     *("rust", "python", "tests", "benches"),
-    *(".cargo", ".ci", ".editorconfig", ".gitignore"),
+    *(".cargo", ".ci", ".editorconfig", ".gitignore", "rustfmt.toml"),
 }
 
 

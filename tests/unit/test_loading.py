@@ -5,18 +5,29 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import llamactor
 from llamactor import LoadCancelledError, ModelNotFoundError, load_model
 from llamactor.loading import resolve_ref
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from tests.conftest import PATIENCE
 
 pytestmark = pytest.mark.every_loop
+
+
+def is_mapped(path: Path) -> bool:
+    """Whether the weights of a file are in this process's memory."""
+    return str(path) in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
+async def until_unmapped(path: Path) -> None:
+    """Wait until native threads have let go of the file."""
+    async with asyncio.timeout(PATIENCE):
+        while is_mapped(path):  # noqa: ASYNC110 -- nothing announces it
+            await asyncio.sleep(0.001)
 
 
 async def test_awaiting_gives_the_model(tiny_model_path: Path) -> None:
@@ -100,6 +111,28 @@ async def test_cancelling_the_last_waiter_cancels_the_load(tiny_model_path: Path
     waiter.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiter
+
+
+async def test_what_nobody_got_does_not_stay_loaded(tiny_model_path: Path) -> None:
+    async with load_model(tiny_model_path):
+        assert is_mapped(tiny_model_path)
+    loading = load_model(tiny_model_path)
+    async for _ in loading:
+        pass
+    assert loading.done
+    del loading
+    await until_unmapped(tiny_model_path)
+
+    async def wait() -> llamactor.Model:
+        return await load_model(tiny_model_path)
+
+    for turns in range(5):
+        waiter = asyncio.create_task(wait())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiter.cancel()
+        await asyncio.wait([waiter])
+    await until_unmapped(tiny_model_path)
 
 
 async def test_cancelling_one_waiter_leaves_the_load_to_the_others(tiny_model_path: Path) -> None:

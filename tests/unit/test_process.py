@@ -96,7 +96,7 @@ def child(model, prediction):
         lambda: model.tokenize("a"),
         lambda: prediction.done,
         lambda: prediction.cancel(),
-        lambda: llamactor.load_model(sys.argv[1]),
+        lambda: asyncio.run(load()),
     ):
         try:
             call()
