@@ -4,9 +4,9 @@
 //!
 //! ```text
 //! Waiting ──cells reserved──▶ Evaluating ──row handed to the sequence's thread──▶ Drawing
-//!    ▲                          │  ▲  ▲                                             │
-//!    └────── preempted ─────────┘  │  └──────────── Drawn(Next) ────────────────────┤
-//!                                  └── reader caught up ── Paused ◀── Drawn(Pause) ─┘
+//!    ▲  ▲                       │  ▲                                                │
+//!    │  └────── preempted ──────┘  └─────────────── Drawn(Next) ────────────────────┤
+//!    └──────────── reader caught up ── Paused ◀──────────── Drawn(Pause) ───────────┘
 //! ```
 //!
 //! Cheap generators are advanced here, so that their job stays in *Evaluating*.
@@ -49,7 +49,8 @@ const SHIFT_PARTS: usize = 4;
 enum State {
     Waiting,
     Evaluating,
-    Drawing,
+    /// Since this step (see `Decoder::n_steps`).
+    Drawing(u64),
     Paused(Instant),
 }
 
@@ -63,6 +64,8 @@ struct Running {
     n_cached: usize,
     /// When it came: the newest is preempted first.
     order: u64,
+    /// Whether it had cells before.
+    was_admitted: bool,
     scores: Vec<f32>,
 }
 
@@ -98,6 +101,12 @@ pub struct Decoder {
     mean_step: f64,
     /// When the last decode call returned.
     last_step: Instant,
+    /// Decode calls so far.
+    n_steps: u64,
+    /// Whether waiting jobs found no room, so that trying again needs a change first.
+    blocked: bool,
+    /// Whether more than the last step's sequences have changed their tokens.
+    changed: bool,
     clock: u64,
 }
 
@@ -122,6 +131,9 @@ impl Decoder {
             previous_width: 0,
             mean_step: 0.0,
             last_step: Instant::now(),
+            n_steps: 0,
+            blocked: false,
+            changed: true,
             clock: 0,
             shared,
             context,
@@ -178,14 +190,10 @@ impl Decoder {
                         Err(RecvTimeoutError::Disconnected) => return false,
                     }
                 }
-                Patience::Forever => {
-                    self.publish();
-                    self.context.rest();
-                    match self.messages.recv() {
-                        Ok(message) => message,
-                        Err(_) => return false,
-                    }
-                }
+                Patience::Forever => match self.messages.recv() {
+                    Ok(message) => message,
+                    Err(_) => return false,
+                },
             };
             if !self.handle(message) {
                 return false;
@@ -196,7 +204,8 @@ impl Decoder {
     /// How long to wait for the next message.
     fn patience(&self) -> Patience {
         let ready = self.any(|running| self.is_ready(running));
-        let drawing = self.any(|running| running.state == State::Drawing);
+        // A straggler that has missed a step is not waited for again.
+        let drawing = self.any(|running| running.state == State::Drawing(self.n_steps));
         match (ready, drawing) {
             (true, false) => Patience::None,
             // Rows were handed out: a step begins when all have answered, or without the stragglers.
@@ -212,9 +221,10 @@ impl Decoder {
 
     fn is_ready(&self, running: &Running) -> bool {
         match running.state {
-            State::Waiting | State::Evaluating => true,
+            State::Evaluating => true,
+            State::Waiting => !self.blocked || is_cancelled(&running.job),
             State::Paused(_) => !running.job.flow.is_paused() || is_cancelled(&running.job),
-            State::Drawing => is_cancelled(&running.job),
+            State::Drawing(_) => is_cancelled(&running.job),
         }
     }
 
@@ -237,6 +247,7 @@ impl Decoder {
     }
 
     fn handle(&mut self, message: Message) -> bool {
+        self.blocked = false;
         match message {
             Message::Begin(job) => self.begin(*job),
             Message::Drawn { slot, step, row } => {
@@ -259,6 +270,7 @@ impl Decoder {
             n_prompt: job.tokens.len(),
             n_cached: 0,
             order: self.clock,
+            was_admitted: false,
             scores: Vec::new(),
             job,
         };
@@ -296,7 +308,8 @@ impl Decoder {
         }
         let State::Paused(since) = running.state else { return None };
         if !running.job.flow.is_paused() {
-            running.state = State::Evaluating;
+            // Its cells may have gone to others meanwhile.
+            running.state = State::Waiting;
         } else if others_wait && running.job.parkable && now.is_some_and(|now| now >= since + PARK_AFTER) {
             return Some(End::Parked);
         }
@@ -307,6 +320,7 @@ impl Decoder {
     fn end(&mut self, slot: Slot, end: End) {
         let Some(running) = self.sequences[slot as usize].running.take() else { return };
         self.clock += 1;
+        self.blocked = false;
         self.sequences[slot as usize].last_used = self.clock;
         self.publish_slot(slot);
         let generator = match running.job.goal {
@@ -327,6 +341,7 @@ impl Decoder {
     fn admit(&mut self) {
         while let Some(slot) = self.next_waiting() {
             if !self.try_admit(slot) {
+                self.blocked = true;
                 break;
             }
         }
@@ -354,25 +369,48 @@ impl Decoder {
             return true;
         }
         self.apply_reuse(slot);
-        let missing = n_tokens - self.cells.len(slot);
-        let reserved = self.reserved_by_others(slot);
-        let enough = |cells: &Cells| cells.n_free() >= missing + reserved;
-        while !enough(&self.cells) && self.evict_one(slot) {}
-        let alone = !self.any(|running| running.state != State::Waiting);
-        if !enough(&self.cells) && !alone {
+        let needed = n_tokens - self.cells.len(slot) + self.reserved_by_others(slot) + self.headroom(slot);
+        self.free_cells(slot, needed);
+        let others = self.slots(|running| running.state != State::Waiting).count();
+        if self.cells.n_free() < needed && others > 0 {
             return false;
         }
+        self.admit_now(slot);
+        true
+    }
+
+    fn admit_now(&mut self, slot: Slot) {
         let n_cached = self.cells.len(slot);
-        let Some(running) = self.running(slot) else { return true };
+        let Some(running) = self.running(slot) else { return };
         running.state = State::Evaluating;
-        running.n_cached = n_cached.min(running.n_prompt);
-        running.job.flow.admitted(running.n_cached, running.n_prompt);
-        self.shared.stats.cached_tokens(n_cached as u64);
-        self.shared.usage(slot).cached.fetch_add(n_cached as u64, Ordering::Relaxed);
-        if n_cached == n_tokens && matches!(self.goal(slot), Some(Goal::Evaluate)) {
+        let complete = n_cached == running.job.tokens.len();
+        let first = !std::mem::replace(&mut running.was_admitted, true);
+        if first {
+            running.n_cached = n_cached.min(running.n_prompt);
+            running.job.flow.admitted(running.n_cached, running.n_prompt);
+            self.shared.stats.cached_tokens(n_cached as u64);
+            self.shared.usage(slot).cached.fetch_add(n_cached as u64, Ordering::Relaxed);
+        }
+        if complete && matches!(self.goal(slot), Some(Goal::Evaluate)) {
             self.end(slot, End::Done);
         }
-        true
+    }
+
+    /// Cells beyond its tokens that a job waits for: one for each that grows beside it, and enough to get somewhere
+    /// before it would be preempted again.
+    fn headroom(&self, slot: Slot) -> usize {
+        let growing = self.slots(|running| running.state != State::Waiting).count();
+        let again = self.sequences[slot as usize].running.as_ref().is_some_and(|running| running.was_admitted);
+        if again && growing > 0 { self.cells.capacity() / SHIFT_PARTS } else { growing }
+    }
+
+    /// Clears idle sequences, then paused ones, if that can make `needed` cells free.
+    fn free_cells(&mut self, slot: Slot, needed: usize) {
+        let held: usize = self.evictable(slot).map(|other| self.cells.len(other)).sum();
+        if self.cells.n_free() + held < needed {
+            return;
+        }
+        while self.cells.n_free() < needed && self.evict_one(slot) {}
     }
 
     /// Cells that admitted prompts have yet to fill.
@@ -410,6 +448,7 @@ impl Decoder {
         if n >= self.cells.len(slot) {
             return;
         }
+        self.changed = true;
         let kept = if self.can.remove_tail || n == 0 { n } else { 0 };
         let removed = self.context.remove_from(slot, kept);
         let kept = if removed { kept } else { 0 };
@@ -422,6 +461,7 @@ impl Decoder {
 
     fn share(&mut self, from: Slot, to: Slot, n: usize) {
         self.truncate(to, 0);
+        self.changed = true;
         self.context.copy(from, to, Some(n));
         self.cells.share(from, to, n);
         self.shared.stats.copied_tokens(n as u64);
@@ -459,15 +499,27 @@ impl Decoder {
         checkpoints.push(Checkpoint { length, bytes });
     }
 
-    /// Clears the idle sequence that was used longest ago. False when there is none.
+    /// Sequences that can be cleared: idle ones, and those whose job is paused, which are evaluated again later.
+    fn evictable(&self, except: Slot) -> impl Iterator<Item = Slot> {
+        (0..self.sequences.len() as Slot).filter(move |&slot| {
+            let running = self.sequences[slot as usize].running.as_ref();
+            let resting = running.is_none_or(|running| matches!(running.state, State::Paused(_)));
+            slot != except && resting && !self.cells.is_empty(slot)
+        })
+    }
+
+    /// Clears the sequence that was used longest ago, idle ones first. False when there is none.
     fn evict_one(&mut self, except: Slot) -> bool {
-        let idle = (0..self.sequences.len() as Slot)
-            .filter(|&slot| slot != except && !self.cells.is_empty(slot))
-            .filter(|&slot| self.sequences[slot as usize].running.is_none())
-            .min_by_key(|&slot| self.sequences[slot as usize].last_used);
-        let Some(slot) = idle else { return false };
+        let oldest = self.evictable(except).min_by_key(|&slot| {
+            let sequence = &self.sequences[slot as usize];
+            (sequence.running.is_some(), sequence.last_used)
+        });
+        let Some(slot) = oldest else { return false };
         self.truncate(slot, 0);
-        self.shared.stats.evictions(1);
+        match self.running(slot) {
+            Some(_) => self.shared.stats.preemptions(1),
+            None => self.shared.stats.evictions(1),
+        }
         true
     }
 
@@ -476,10 +528,10 @@ impl Decoder {
         if self.evict_one(Slot::MAX) {
             return;
         }
-        let admitted = || self.slots(|running| running.state != State::Waiting && running.state != State::Drawing);
-        let newest = admitted().min_by_key(|&(_, running)| (running.job.priority, std::cmp::Reverse(running.order)));
+        let evaluating = || self.slots(|running| running.state == State::Evaluating);
+        let newest = evaluating().min_by_key(|&(_, running)| (running.job.priority, std::cmp::Reverse(running.order)));
         let Some((slot, _)) = newest else { return };
-        if admitted().count() > 1 || self.any(|running| running.state == State::Drawing) {
+        if evaluating().count() > 1 || self.any(|running| matches!(running.state, State::Drawing(_))) {
             self.preempt(slot);
         } else {
             self.end(slot, End::ContextFull);
@@ -491,6 +543,7 @@ impl Decoder {
         self.truncate(slot, 0);
         if let Some(running) = self.running(slot) {
             running.state = State::Waiting;
+            running.scores.clear();
         }
         self.shared.stats.preemptions(1);
     }
@@ -514,10 +567,12 @@ impl Decoder {
             }
             let missing = running.job.tokens.len() - self.cells.len(slot);
             let prefilling = missing > 1 || running.job.tokens.len() == running.n_prompt;
+            // The state before the last token is saved: the same prompt can begin there again.
+            let n_tokens = if self.can.checkpoints && missing > 1 { missing - 1 } else { missing };
             self.work.push(Work {
                 slot,
                 phase: if prefilling { Phase::Prefill } else { Phase::Decode },
-                n_tokens: missing as u32,
+                n_tokens: n_tokens as u32,
                 priority: running.job.priority,
                 alone: running.job.alone,
                 n_outputs_max: matches!(running.job.goal, Goal::Score(_))
@@ -558,6 +613,7 @@ impl Decoder {
         if movable && self.context.remove(slot, start, Some(end)) {
             self.context.move_down(slot, end, n);
             self.cells.remove(slot, start..end);
+            self.changed = true;
         } else {
             self.truncate(slot, start);
         }
@@ -634,6 +690,7 @@ impl Decoder {
     /// The batch was evaluated: move the jobs on.
     fn advance(&mut self) {
         let n_tokens = self.batch.len();
+        self.n_steps += 1;
         self.shared.stats.batches(1);
         self.shared.stats.micro_batches(n_tokens.div_ceil(self.shared.info.ubatch_size) as u64);
         self.shared.stats.evaluated_tokens(n_tokens as u64);
@@ -645,6 +702,7 @@ impl Decoder {
             first += take.n_tokens as usize;
         }
         for take in &takes {
+            self.publish_slot(take.slot);
             if let Some(running) = self.running(take.slot) {
                 running.job.flow.flush();
             }
@@ -671,12 +729,8 @@ impl Decoder {
         match running.job.goal {
             Goal::Score(from) => self.score(slot, start, first, from, take.n_tokens as usize),
             Goal::Evaluate if complete => self.end(slot, End::Done),
-            Goal::Generate(_) if complete => {
-                if in_prompt {
-                    self.checkpoint(slot);
-                }
-                self.hand_out(slot, row);
-            }
+            Goal::Generate(_) if complete => self.hand_out(slot, row),
+            Goal::Evaluate | Goal::Generate(_) if end + 1 == running.job.tokens.len() => self.checkpoint(slot),
             Goal::Evaluate | Goal::Generate(_) => {}
         }
     }
@@ -696,7 +750,7 @@ impl Decoder {
                 Err(error) => self.end(slot, End::Failed(error)),
             };
         }
-        running.state = State::Drawing;
+        running.state = State::Drawing(self.n_steps);
         let mut copy = self.spare_rows.pop().unwrap_or_default();
         copy.clear();
         copy.extend_from_slice(logits);
@@ -763,6 +817,7 @@ impl Decoder {
 
     /// Micro-batches before an abort stay: find out what each sequence holds now.
     fn resynchronise(&mut self) {
+        self.changed = true;
         for index in 0..self.takes.len() {
             let take = self.takes[index];
             self.resynchronise_one(take);
@@ -811,6 +866,7 @@ impl Decoder {
                 .map(|state| MemoryReply::State(self.cells.tokens(slot).to_vec(), state)),
             MemoryOp::Restore(tokens, state) => self.restore(slot, &tokens, &state),
         };
+        self.changed = true;
         self.publish();
         let _ = reply.send(outcome);
     }
@@ -870,8 +926,10 @@ impl Decoder {
     // ---- for others to see ------------------------------------------------------------------------------------------
 
     fn publish(&mut self) {
-        for slot in 0..self.sequences.len() as Slot {
-            self.publish_slot(slot);
+        if std::mem::take(&mut self.changed) {
+            for slot in 0..self.sequences.len() as Slot {
+                self.publish_slot(slot);
+            }
         }
         self.shared.n_cells_used.store(self.cells.n_used(), Ordering::Relaxed);
     }

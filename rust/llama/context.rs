@@ -214,7 +214,8 @@ struct AbortCell {
 /// A context. Not `Send`: the thread that makes it uses and frees it.
 pub struct Context {
     ptr: NonNull<sys::llama_context>,
-    threads: ThreadPool,
+    /// Freed after the context, whose compute threads these are.
+    _threads: ThreadPool,
     /// Shared with the abort callback, so reached by pointer only; freed in `Drop`.
     abort: NonNull<AbortCell>,
     model: Arc<Model>,
@@ -251,7 +252,7 @@ impl Context {
         let (n_batch, n_ctx_seq) = unsafe { (sys::llama_n_batch(ptr.as_ptr()), sys::llama_n_ctx_seq(ptr.as_ptr())) };
         let context = Self {
             ptr,
-            threads,
+            _threads: threads,
             abort,
             n_batch: n_batch as usize,
             n_ctx_seq: n_ctx_seq as usize,
@@ -486,11 +487,6 @@ impl Context {
         read != 0
     }
 
-    /// Lets the compute threads sleep until the next decode.
-    pub fn rest(&self) {
-        self.threads.pause();
-    }
-
     /// The model.
     #[must_use]
     pub fn model(&self) -> &Arc<Model> {
@@ -542,11 +538,6 @@ impl ThreadPool {
         // SAFETY: both are alive; the context is freed before the pool.
         unsafe { sys::llama_attach_threadpool(context.as_ptr(), pool.as_ptr(), pool.as_ptr()) };
         Ok(Self(pool))
-    }
-
-    fn pause(&self) {
-        // SAFETY: the pool is alive; decoding resumes it by itself.
-        unsafe { sys::ggml_threadpool_pause(self.0.as_ptr()) };
     }
 }
 

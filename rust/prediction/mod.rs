@@ -20,7 +20,7 @@ use crate::sequence::sampler::TokenLogprob;
 use crate::sequence::{Drawn, Outcome, Resume, Sink, StopReason};
 
 /// What happens to the rest of the core when readers change their minds.
-pub type Nudge = Box<dyn Fn() + Send + Sync>;
+pub type Nudge = Arc<dyn Fn() + Send + Sync>;
 
 const RUNNING: u8 = 0;
 const CANCELLED: u8 = 1;
@@ -77,7 +77,9 @@ impl Prediction {
     }
 
     fn nudge(&self) {
-        if let Some(nudge) = &*lock(&self.nudge) {
+        // Called outside the lock: it may end the prediction here and now, which takes the lock again.
+        let nudge = lock(&self.nudge).clone();
+        if let Some(nudge) = nudge {
             nudge();
         }
     }
@@ -285,7 +287,8 @@ impl Sink for Prediction {
 
     fn finish(&self, outcome: Outcome) {
         self.log().finish(self.first_reason(outcome));
-        drop(lock(&self.nudge).take());
+        let nudge = lock(&self.nudge).take();
+        drop(nudge);
         self.target.post();
     }
 

@@ -80,7 +80,8 @@ impl State {
 
     pub fn finish(&self, outcome: Result<Value>) {
         *lock(&self.outcome) = Some(outcome);
-        drop(lock(&self.on_cancel).take());
+        let act = lock(&self.on_cancel).take();
+        drop(act);
         self.progress.store(1.0f32.to_bits(), Ordering::Relaxed);
         self.done.store(true, Ordering::SeqCst);
         self.target.post();

@@ -101,7 +101,7 @@ impl Context {
         let sink: Arc<prediction::Prediction> = Arc::clone(&native);
         let waiter = context.predict(request, sink);
         let shared = Arc::clone(context.shared());
-        native.on_nudge(Box::new(move || {
+        native.on_nudge(Arc::new(move || {
             // Still waiting for a sequence: it ends here, since only a cancel nudges then; else the decoder looks.
             match shared.pool.leave(waiter) {
                 Some(grant) => grant(Err(Error::Cancelled)),

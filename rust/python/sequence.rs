@@ -81,7 +81,7 @@ impl Sequence {
         let (request, seed) = options.into_request(py, prompt)?;
         let native = prediction::Prediction::new(hub.native()?, max_pending);
         let shared = Arc::clone(lease.shared());
-        native.on_nudge(Box::new(move || shared.wake()));
+        native.on_nudge(Arc::new(move || shared.wake()));
         let sink: Arc<prediction::Prediction> = Arc::clone(&native);
         lease.predict(request, sink);
         Ok(Prediction::new(native, lease.shared().model.llama(), seed, policy))
