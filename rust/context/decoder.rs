@@ -499,11 +499,11 @@ impl Decoder {
         checkpoints.push(Checkpoint { length, bytes });
     }
 
-    /// Sequences that can be cleared: idle ones, and those whose job is paused, which are evaluated again later.
+    /// Sequences that can be cleared: idle ones, and those whose job is paused or waits, which are evaluated again.
     fn evictable(&self, except: Slot) -> impl Iterator<Item = Slot> {
         (0..self.sequences.len() as Slot).filter(move |&slot| {
             let running = self.sequences[slot as usize].running.as_ref();
-            let resting = running.is_none_or(|running| matches!(running.state, State::Paused(_)));
+            let resting = running.is_none_or(|running| matches!(running.state, State::Paused(_) | State::Waiting));
             slot != except && resting && !self.cells.is_empty(slot)
         })
     }

@@ -50,8 +50,8 @@ pub struct ContextInfo {
 
 /// What everybody who uses a context shares.
 pub struct Shared {
-    /// The model.
-    pub model: Arc<Model>,
+    /// The model; none once the context has ended, so that a forgotten handle does not keep the weights.
+    model: Mutex<Option<Arc<Model>>>,
     /// What the context is like.
     pub info: ContextInfo,
     /// Sizes and types that a saved state must agree with.
@@ -145,6 +145,7 @@ fn open_and_run(
     } else {
         drop(decoder);
     }
+    shared.model.lock().unwrap_or_else(PoisonError::into_inner).take();
     shared.ended.open();
 }
 
@@ -174,12 +175,20 @@ fn share(model: Arc<Model>, params: &ContextParams, context: &llama::Context, in
         closing: Arc::default(),
         inbox,
         ended: Gate::default(),
-        model,
+        model: Mutex::new(Some(model)),
         info,
     }
 }
 
 impl Shared {
+    /// The model.
+    ///
+    /// # Errors
+    /// `Closed` once the context has ended.
+    pub fn model(&self) -> Result<Arc<Model>> {
+        self.model.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or_else(|| closed("context"))
+    }
+
     /// Sends the decoder a message; lost when it has ended, which its replies' closed channels tell.
     pub fn send(&self, message: Message) {
         let _ = self.inbox.send(message);

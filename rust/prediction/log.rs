@@ -6,8 +6,7 @@ use std::time::Instant;
 use super::Finished;
 use super::stats::{Clock, Counts, Stats};
 use crate::llama::Token;
-use crate::sequence::sampler::TokenLogprob;
-use crate::sequence::{Drawn, Outcome};
+use crate::sequence::{Drawn, Logprob, Outcome};
 
 /// Names a reader of one prediction.
 pub type ReaderId = usize;
@@ -50,7 +49,7 @@ struct Reader {
 pub struct Log {
     pub text: String,
     tokens: Vec<Token>,
-    logprobs: Vec<TokenLogprob>,
+    logprobs: Vec<Logprob>,
     notes: Vec<Note>,
     readers: Vec<Option<Reader>>,
     n_readers: usize,

@@ -16,8 +16,7 @@ pub use stats::{Counts, Stats};
 use crate::context::job::{End, Flow};
 use crate::error::{Error, closed};
 use crate::llama::Token;
-use crate::sequence::sampler::TokenLogprob;
-use crate::sequence::{Drawn, Outcome, Resume, Sink, StopReason};
+use crate::sequence::{Drawn, Logprob, Outcome, Resume, Sink, StopReason};
 
 /// What happens to the rest of the core when readers change their minds.
 pub type Nudge = Arc<dyn Fn() + Send + Sync>;
@@ -46,7 +45,7 @@ pub struct Finished {
     /// All drawn tokens.
     pub tokens: Vec<Token>,
     /// Their log-probabilities, if asked for.
-    pub logprobs: Vec<TokenLogprob>,
+    pub logprobs: Vec<Logprob>,
     /// Numbers.
     pub stats: Stats,
     /// Tokens kept and dropped by context shifts.

@@ -108,7 +108,7 @@ impl Context {
                 None => shared.wake(),
             }
         }));
-        Ok(Prediction::new(native, context.shared().model.llama(), seed, policy))
+        Ok(Prediction::new(native, seed, policy))
     }
 
     fn close(&self, hub: &Hub) -> PyResult<Call> {

@@ -7,7 +7,6 @@ use pyo3::types::{PyDict, PyList, PyTuple};
 
 use super::error::to_python;
 use super::process::Native;
-use crate::llama::{Model, Token};
 use crate::prediction::{self, Event, Finished, Stats};
 use crate::sequence::Outcome;
 
@@ -15,14 +14,13 @@ use crate::sequence::Outcome;
 #[pyclass(frozen, module = "llamactor._core")]
 pub struct Prediction {
     native: Native<Arc<prediction::Prediction>>,
-    model: Native<Arc<Model>>,
     seed: u32,
     policy: &'static str,
 }
 
 impl Prediction {
-    pub fn new(native: Arc<prediction::Prediction>, model: &Arc<Model>, seed: u32, policy: &'static str) -> Self {
-        Self { native: Native::new(native), model: Native::new(Arc::clone(model)), seed, policy }
+    pub fn new(native: Arc<prediction::Prediction>, seed: u32, policy: &'static str) -> Self {
+        Self { native: Native::new(native), seed, policy }
     }
 }
 
@@ -104,7 +102,7 @@ impl Prediction {
         let dict = PyDict::new(py);
         dict.set_item("content", &finished.text)?;
         dict.set_item("tokens", &finished.tokens)?;
-        dict.set_item("logprobs", logprobs(py, self.model.get()?, finished)?)?;
+        dict.set_item("logprobs", logprobs(py, finished)?)?;
         dict.set_item("stop_reason", outcome.stop_reason.name())?;
         dict.set_item("stop_string", &outcome.stop_string)?;
         dict.set_item("seed", self.seed)?;
@@ -132,25 +130,15 @@ fn shift<'py>(py: Python<'py>, policy: &str, finished: &Finished) -> PyResult<Op
     Ok(Some(dict))
 }
 
-fn logprobs<'py>(py: Python<'py>, model: &Model, finished: &Finished) -> PyResult<Option<Bound<'py, PyList>>> {
+fn logprobs<'py>(py: Python<'py>, finished: &Finished) -> PyResult<Option<Bound<'py, PyList>>> {
     if finished.logprobs.is_empty() {
         return Ok(None);
     }
     let list = PyList::empty(py);
     for (token, logprob) in finished.tokens.iter().zip(&finished.logprobs) {
-        let top: Vec<_> = logprob.top.iter().map(|&(token, logprob)| (token, text(model, token), logprob)).collect();
-        list.append((*token, text(model, *token), logprob.logprob, top))?;
+        list.append((*token, &logprob.text, logprob.logprob, logprob.top.clone()))?;
     }
     Ok(Some(list))
-}
-
-/// The text of one token; what is no whole character shows as U+FFFD.
-fn text(model: &Model, token: Token) -> String {
-    let mut piece = Vec::new();
-    match model.token_to_piece(token, true, &mut piece) {
-        Ok(()) => String::from_utf8_lossy(&piece).into_owned(),
-        Err(_) => String::new(),
-    }
 }
 
 fn stats<'py>(py: Python<'py>, stats: &Stats) -> PyResult<Bound<'py, PyDict>> {

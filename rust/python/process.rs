@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 
+use super::callbacks::end_callbacks;
 use super::error::to_python;
 use crate::error::{Error, closed};
 use crate::sequence::Sequences;
@@ -68,8 +69,10 @@ pub fn shutdown(py: Python<'_>, timeout: f64) {
         for context in &contexts {
             context.close();
         }
+        let remaining = || deadline.saturating_duration_since(Instant::now());
+        end_callbacks(remaining());
         for context in &contexts {
-            context.shared().wait_ended(deadline.saturating_duration_since(Instant::now()));
+            context.shared().wait_ended(remaining());
         }
     });
 }

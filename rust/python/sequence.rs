@@ -84,7 +84,7 @@ impl Sequence {
         native.on_nudge(Arc::new(move || shared.wake()));
         let sink: Arc<prediction::Prediction> = Arc::clone(&native);
         lease.predict(request, sink);
-        Ok(Prediction::new(native, lease.shared().model.llama(), seed, policy))
+        Ok(Prediction::new(native, seed, policy))
     }
 
     fn prefill(&self, hub: &Hub, prompt: TextOrTokens, special: bool) -> PyResult<Call> {

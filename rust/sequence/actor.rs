@@ -110,6 +110,27 @@ pub enum Command {
     End,
 }
 
+/// A command on its way. One that is dropped unopened, because the actor ended, is refused: nobody waits for ever.
+pub struct Envelope(Option<Command>);
+
+impl Envelope {
+    pub fn new(command: Command) -> Self {
+        Self(Some(command))
+    }
+
+    fn open(mut self) -> Option<Command> {
+        self.0.take()
+    }
+}
+
+impl Drop for Envelope {
+    fn drop(&mut self) {
+        if let Some(command) = self.0.take() {
+            command.refuse(closed("context"));
+        }
+    }
+}
+
 impl Command {
     /// Answers a command that cannot be carried out.
     fn refuse(self, error: Error) {
@@ -141,7 +162,7 @@ pub struct Actor {
     slot: Slot,
     shared: Arc<Shared>,
     sequences: Weak<Sequences>,
-    commands: Receiver<Command>,
+    commands: Receiver<Envelope>,
     reply_sender: Sender<Reply>,
     replies: Receiver<Reply>,
 }
@@ -155,21 +176,18 @@ struct Ended {
 }
 
 impl Actor {
-    pub fn new(slot: Slot, shared: Arc<Shared>, sequences: Weak<Sequences>, commands: Receiver<Command>) -> Self {
+    pub fn new(slot: Slot, shared: Arc<Shared>, sequences: Weak<Sequences>, commands: Receiver<Envelope>) -> Self {
         let (reply_sender, replies) = channel();
         Self { slot, shared, sequences, commands, reply_sender, replies }
     }
 
-    /// Carries commands out until the context closes; what is still waiting then is refused.
+    /// Carries commands out until the context closes; what is still waiting then is refused by its envelope.
     pub fn run(self) {
-        while let Ok(command) = self.commands.recv() {
+        while let Some(command) = self.commands.recv().ok().and_then(Envelope::open) {
             match command {
                 Command::End => break,
                 command => self.carry_out(command),
             }
-        }
-        while let Ok(command) = self.commands.try_recv() {
-            command.refuse(closed("context"));
         }
     }
 
@@ -217,14 +235,14 @@ impl Actor {
     fn prepare(&self, request: Request, sink: &Arc<dyn Sink>) -> Result<(Box<Generation>, Vec<Token>)> {
         let mut tokens = self.tokenize(&request.prompt, request.response_prefix.as_deref())?;
         self.fit(&mut tokens, &request)?;
-        let model = self.shared.model.llama();
+        let model = self.shared.model()?;
         let needs_clock = request.text.batching.is_some();
         let ignore_eos = request.sampler.ignore_eos;
         let mut generation = Box::new(Generation {
             sampler: self.sampler(request.sampler)?,
             text: TextStream::new(request.text),
             sink: Arc::clone(sink),
-            model: Arc::clone(model),
+            model: Arc::clone(model.llama()),
             ignore_eos,
             max_tokens: request.max_tokens,
             started: Instant::now(),
@@ -243,30 +261,32 @@ impl Actor {
     }
 
     fn sampler(&self, spec: super::sampler::SamplerSpec) -> Result<Sampler> {
-        let model = self.shared.model.llama();
+        let model = self.shared.model()?;
         let vocabulary = Vocabulary {
-            size: model.n_vocab(),
-            newline: model.special_tokens().nl,
-            eog: self.shared.model.eog_tokens(),
-            suppressed: self.shared.model.suppressed_tokens(),
+            size: model.llama().n_vocab(),
+            newline: model.llama().special_tokens().nl,
+            eog: model.eog_tokens(),
+            suppressed: model.suppressed_tokens(),
             context_size: self.shared.info.context_size,
-            model: Some(model),
+            model: Some(model.llama()),
         };
         Sampler::new(spec, vocabulary)
     }
 
     fn tokenize(&self, prompt: &Prompt, response_prefix: Option<&str>) -> Result<Vec<Token>> {
-        let model = self.shared.model.llama();
+        let model = self.shared.model()?;
         let tokens = match (prompt, response_prefix) {
-            (Prompt::Text { text, parse_special }, None) => self.shared.model.tokenize_prompt(text, *parse_special)?,
+            (Prompt::Text { text, parse_special }, None) => model.tokenize_prompt(text, *parse_special)?,
             (Prompt::Text { text, parse_special }, Some(prefix)) => {
-                self.shared.model.tokenize_prompt(&format!("{text}{prefix}"), *parse_special)?
+                model.tokenize_prompt(&format!("{text}{prefix}"), *parse_special)?
             }
             (Prompt::Tokens(tokens), None) => tokens.clone(),
-            (Prompt::Tokens(tokens), Some(prefix)) => [tokens.clone(), model.tokenize(prefix, false, false)?].concat(),
+            (Prompt::Tokens(tokens), Some(prefix)) => {
+                [tokens.clone(), model.llama().tokenize(prefix, false, false)?].concat()
+            }
         };
-        if let Some(&token) = tokens.iter().find(|&&token| !model.contains(token)) {
-            return Err(model.outside(token));
+        if let Some(&token) = tokens.iter().find(|&&token| !model.llama().contains(token)) {
+            return Err(model.llama().outside(token));
         }
         match tokens.is_empty() {
             true => Err(Error::Value("the prompt is empty: it has no tokens, and this model adds no BOS token".into())),
@@ -440,9 +460,9 @@ impl Actor {
     }
 
     fn score(&self, tokens: Vec<Token>, cancel: Arc<AtomicBool>) -> Result<Vec<f32>> {
-        let model = self.shared.model.llama();
-        if let Some(&token) = tokens.iter().find(|&&token| !model.contains(token)) {
-            return Err(model.outside(token));
+        let model = self.shared.model()?;
+        if let Some(&token) = tokens.iter().find(|&&token| !model.llama().contains(token)) {
+            return Err(model.llama().outside(token));
         }
         let mut all = self.shared.tokens(self.slot);
         let from = all.len();
@@ -480,19 +500,19 @@ impl Actor {
         }
     }
 
-    fn fingerprint(&self) -> Fingerprint {
-        Fingerprint::new(self.shared.model.fingerprint(), &self.shared.layout)
+    fn fingerprint(&self) -> Result<Fingerprint> {
+        Ok(Fingerprint::new(self.shared.model()?.fingerprint(), &self.shared.layout))
     }
 
     fn save(&self, path: &std::path::Path) -> Result<()> {
         match self.change(MemoryOp::Save)? {
-            MemoryReply::State(tokens, bytes) => state::write(path, self.fingerprint(), &tokens, &bytes),
+            MemoryReply::State(tokens, bytes) => state::write(path, self.fingerprint()?, &tokens, &bytes),
             _ => Ok(()),
         }
     }
 
     fn load(&self, path: &std::path::Path) -> Result<()> {
-        let (tokens, bytes) = state::read(path, self.fingerprint())?;
+        let (tokens, bytes) = state::read(path, self.fingerprint()?)?;
         self.change(MemoryOp::Restore(tokens, bytes)).map(drop)
     }
 

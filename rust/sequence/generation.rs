@@ -45,7 +45,18 @@ pub struct Drawn {
     /// The token.
     pub token: Token,
     /// Its log-probability, if asked for.
-    pub logprob: Option<TokenLogprob>,
+    pub logprob: Option<Logprob>,
+}
+
+/// The log-probability of a drawn token, with texts: what is no whole character shows as U+FFFD.
+#[derive(Clone, Debug)]
+pub struct Logprob {
+    /// The token's text.
+    pub text: String,
+    /// Its natural log-probability.
+    pub logprob: f32,
+    /// The best tokens at its place, with theirs.
+    pub top: Vec<(Token, String, f32)>,
 }
 
 /// The state of one generation between two rows.
@@ -127,6 +138,18 @@ impl Generation {
         }
     }
 
+    fn named(&self, token: Token, logprob: TokenLogprob) -> Logprob {
+        let top = logprob.top.into_iter().map(|(token, logprob)| (token, self.token_text(token), logprob)).collect();
+        Logprob { text: self.token_text(token), logprob: logprob.logprob, top }
+    }
+
+    fn token_text(&self, token: Token) -> String {
+        let mut piece = Vec::new();
+        // A drawn token is in the vocabulary.
+        let _ = self.model.token_to_piece(token, true, &mut piece);
+        String::from_utf8_lossy(&piece).into_owned()
+    }
+
     /// The text of a stop; control tokens in a list have one only when special tokens are shown.
     fn stop_text(&self, stop: StopMatch) -> String {
         if stop.tokens.is_empty() {
@@ -156,7 +179,10 @@ impl Generation {
 impl Generator for Generation {
     fn advance(&mut self, logits: &[f32]) -> Step {
         match self.sampler.sample(logits) {
-            Ok(sampled) => self.take_token(Drawn { token: sampled.token, logprob: sampled.logprob }),
+            Ok(sampled) => {
+                let logprob = sampled.logprob.map(|logprob| self.named(sampled.token, logprob));
+                self.take_token(Drawn { token: sampled.token, logprob })
+            }
             Err(error) => self.fail(error),
         }
     }

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
-use super::actor::{Actor, Command, Prediction, STACK_BYTES};
+use super::actor::{Actor, Command, Envelope, Prediction, STACK_BYTES};
 use super::{Done, Prompt, Request, Sink};
 use crate::context::pool::WaiterId;
 use crate::context::{self, Shared, Slot};
@@ -17,7 +17,7 @@ use crate::model::Model;
 /// A context with the actors of its sequences.
 pub struct Sequences {
     shared: Arc<Shared>,
-    inboxes: Vec<OnceLock<Sender<Command>>>,
+    inboxes: Vec<OnceLock<Sender<Envelope>>>,
     /// Predictions that hold no sequence, so that closing the context finds them.
     parked: Mutex<Vec<Weak<dyn Sink>>>,
     this: Weak<Self>,
@@ -102,7 +102,7 @@ impl Sequences {
     }
 
     /// The actor of a sequence; its thread starts with its first command and lives as long as the context.
-    fn inbox(&self, slot: Slot) -> Result<Sender<Command>> {
+    fn inbox(&self, slot: Slot) -> Result<Sender<Envelope>> {
         let cell = &self.inboxes[slot as usize];
         if let Some(inbox) = cell.get() {
             return Ok(inbox.clone());
@@ -132,7 +132,7 @@ impl Sequences {
             sink.close();
         }
         for inbox in self.inboxes.iter().filter_map(OnceLock::get) {
-            let _ = inbox.send(Command::End);
+            let _ = inbox.send(Envelope::new(Command::End));
         }
     }
 }
@@ -159,7 +159,7 @@ fn lease(sequences: &Weak<Sequences>, slot: Slot) -> Result<Lease> {
 /// A held sequence. Dropping it gives the sequence back; its cached tokens stay until the room is needed.
 pub struct Lease {
     slot: Slot,
-    inbox: Sender<Command>,
+    inbox: Sender<Envelope>,
     closed: Arc<AtomicBool>,
     /// Set by `close` to end what runs.
     running: Arc<Mutex<Vec<Weak<dyn Sink>>>>,
@@ -199,12 +199,12 @@ impl Lease {
     }
 
     fn send(&self, command: Command) {
-        let _ = self.inbox.send(Command::Leased(Arc::clone(&self.closed), Box::new(command)));
+        let _ = self.inbox.send(Envelope::new(Command::Leased(Arc::clone(&self.closed), Box::new(command))));
     }
 
     /// Sends a last command, after which the sequence goes back.
     pub(super) fn send_last(self, command: Command) {
-        let _ = self.inbox.send(command);
+        let _ = self.inbox.send(Envelope::new(command));
     }
 
     /// Continues the prompt, after what was asked of the sequence before.
@@ -235,7 +235,7 @@ impl Lease {
         let (inbox, closed) = (self.inbox.clone(), Arc::clone(&self.closed));
         let copy = move |lease: Result<Lease>| match lease {
             Ok(lease) => {
-                let _ = inbox.send(Command::Leased(closed, Box::new(Command::Fork { lease, done })));
+                let _ = inbox.send(Envelope::new(Command::Leased(closed, Box::new(Command::Fork { lease, done }))));
             }
             Err(error) => done(Err(error)),
         };
@@ -282,7 +282,7 @@ impl Lease {
         for sink in running.iter().filter_map(Weak::upgrade) {
             sink.close();
         }
-        let _ = self.inbox.send(Command::Release);
+        let _ = self.inbox.send(Envelope::new(Command::Release));
     }
 }
 

@@ -10,7 +10,7 @@ pub mod text;
 
 use std::sync::Arc;
 
-pub use generation::{Drawn, StopReason};
+pub use generation::{Drawn, Logprob, StopReason};
 pub use lease::{Lease, Sequences};
 pub use state::Fingerprint;
 
