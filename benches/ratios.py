@@ -519,15 +519,14 @@ MEASUREMENTS: dict[str, Callable[[Plan], AsyncIterator[Row]]] = {
 }
 
 
-async def measure(plan: Plan, names: Sequence[str]) -> list[Row]:
-    """Run the measurements one after the other; progress goes to standard error."""
-    rows = []
+async def measure(plan: Plan, names: Sequence[str], rows: list[Row]) -> None:
+    """Add the rows of one measurement after the other; progress goes to standard error."""
     for name in names:
         start = perf_counter()
         print(f"{name} …", end=" ", file=sys.stderr, flush=True)
-        rows += [row async for row in MEASUREMENTS[name](plan)]
+        async for row in MEASUREMENTS[name](plan):
+            rows.append(row)
         print(f"{perf_counter() - start:.0f} s", file=sys.stderr)
-    return rows
 
 
 def default_model() -> Path:
@@ -558,8 +557,11 @@ async def main(options: argparse.Namespace, directory: Path) -> int:
         smollm2=options.model or default_model(),
         tiny=tiny_llama(directory / "tiny.gguf", quantised=True),
     )
-    rows = await measure(plan, options.only or list(MEASUREMENTS))
-    show(rows)
+    rows = list[Row]()
+    try:
+        await measure(plan, options.only or list(MEASUREMENTS), rows)
+    finally:
+        show(rows)
     return int(any(row.met is False for row in rows) and not options.quick)
 
 

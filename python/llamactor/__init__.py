@@ -55,6 +55,7 @@ from llamactor.prediction import (
     TokenLogprob,
 )
 from llamactor.sequence import ContextSequence, Sequence, SequenceUsage
+from llamactor.system import Device, LogLevel, devices, set_log_level, system_info
 
 __all__ = (
     "BusyError",
@@ -68,6 +69,7 @@ __all__ = (
     "ContextStats",
     "DeadlineExceededError",
     "DecodeError",
+    "Device",
     "Dry",
     "DynamicTemperature",
     "Event",
@@ -79,6 +81,7 @@ __all__ = (
     "LoadOptions",
     "LoadProgress",
     "Loading",
+    "LogLevel",
     "Mirostat",
     "Model",
     "ModelInfo",
@@ -102,7 +105,10 @@ __all__ = (
     "UnsupportedError",
     "WorkerCrashedError",
     "Xtc",
+    "devices",
     "load_model",
+    "set_log_level",
+    "system_info",
 )
 
 _SHUTDOWN_TIMEOUT = 5.0

@@ -515,7 +515,7 @@ def _result(
     return PredictionResult(
         content=outcome["content"],
         tokens=outcome["tokens"],
-        logprobs=None if logprobs is None else _logprobs(logprobs, _Pieces(model)),
+        logprobs=None if logprobs is None else [_logprob(*entry) for entry in logprobs],
         stop_reason=None if error is not None else outcome["stop_reason"],
         stop_string=outcome["stop_string"],
         stats=_stats(outcome["stats"]),
@@ -524,34 +524,10 @@ def _result(
     )
 
 
-def _logprobs(
-    entries: list[tuple[int, float, list[tuple[int, float]]]], pieces: _Pieces
-) -> list[TokenLogprob]:
-    return [
-        TokenLogprob(
-            token,
-            pieces[token],
-            logprob,
-            tuple(TokenLogprob(other, pieces[other], value) for other, value in top),
-        )
-        for token, logprob, top in entries
-    ]
-
-
-class _Pieces(dict[int, str]):
-    """The texts of tokens, looked up once each; empty if the model was closed meanwhile."""
-
-    def __init__(self, model: _core.Model) -> None:
-        super().__init__()
-        self._model = model
-
-    def __missing__(self, token: int) -> str:
-        try:
-            text = self._model.detokenize([token], special=True)
-        except ClosedError:
-            text = ""
-        self[token] = text
-        return text
+def _logprob(
+    token: int, text: str, logprob: float, top: list[tuple[int, str, float]]
+) -> TokenLogprob:
+    return TokenLogprob(token, text, logprob, tuple(TokenLogprob(*entry) for entry in top))
 
 
 def _event(native: tuple[Any, ...] | None) -> Event | None:

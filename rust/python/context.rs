@@ -95,8 +95,8 @@ impl Context {
     ) -> PyResult<Prediction> {
         let context = self.0.get()?;
         context.shared().require_open()?;
-        let (max_pending, policy) = (options.max_pending, options.policy());
-        let (request, seed) = options.into_request(py, prompt)?;
+        let max_pending = options.max_pending;
+        let (request, terms) = options.into_request(py, prompt)?;
         let native = prediction::Prediction::new(hub.native()?, max_pending);
         let sink: Arc<prediction::Prediction> = Arc::clone(&native);
         let waiter = context.predict(request, sink);
@@ -108,7 +108,7 @@ impl Context {
                 None => shared.wake(),
             }
         }));
-        Ok(Prediction::new(native, seed, policy))
+        Ok(Prediction::new(native, terms))
     }
 
     fn close(&self, hub: &Hub) -> PyResult<Call> {

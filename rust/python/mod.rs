@@ -14,7 +14,7 @@ mod sequence;
 pub use call::Call;
 pub use context::Context;
 pub use hub::Hub;
-pub use model::{Model, devices, load_model, read_metadata, set_log_callback_level, system_info};
+pub use model::{Model, devices, load_model, set_log_level, system_info};
 pub use prediction::Prediction;
 pub use process::{after_fork_in_child, shutdown};
 pub use sequence::Sequence;

@@ -220,26 +220,6 @@ pub fn load_model(hub: &Hub, path: PathBuf, options: LoadOptions) -> PyResult<Ca
     Ok(Call::new(state))
 }
 
-/// The scalar metadata of a GGUF file's header, without loading it.
-#[pyfunction]
-pub fn read_metadata<'py>(py: Python<'py>, path: PathBuf) -> PyResult<Bound<'py, PyDict>> {
-    use llama::gguf::{Header, Value};
-    require_own_process()?;
-    let header = py.detach(|| Header::read(&path)).map_err(|error| Error::ModelLoad(error.to_string()))?;
-    let dict = PyDict::new(py);
-    for (key, value) in header.metadata {
-        match value {
-            Value::String(text) => dict.set_item(key, text)?,
-            Value::Bool(value) => dict.set_item(key, value)?,
-            Value::F32(value) => dict.set_item(key, value)?,
-            Value::F64(value) => dict.set_item(key, value)?,
-            Value::Array { .. } => {}
-            integer => dict.set_item(key, integer.as_integer())?,
-        }
-    }
-    Ok(dict)
-}
-
 /// The devices that can hold layers.
 #[pyfunction]
 pub fn devices(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
@@ -269,7 +249,7 @@ pub fn system_info() -> PyResult<String> {
 
 /// How much of llama.cpp's log goes to stderr.
 #[pyfunction]
-pub fn set_log_callback_level(level: &str) -> PyResult<()> {
+pub fn set_log_level(level: &str) -> PyResult<()> {
     llama::set_log_level(level.parse::<LogLevel>().map_err(Error::Value)?);
     Ok(())
 }

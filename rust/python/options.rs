@@ -7,6 +7,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use super::callbacks::{PythonFilter, PythonProcessor};
+use super::prediction::Terms;
 use crate::context::deadline_after;
 use crate::context::job::Overflow;
 use crate::llama::{self, ContextParams, FlashAttention, KvType, LoadParams, OverrideValue, SplitMode, Token};
@@ -69,7 +70,7 @@ pub struct PredictOptions {
 
 impl PredictOptions {
     /// The name of what is done when the context is full.
-    pub fn policy(&self) -> &'static str {
+    fn policy(&self) -> &'static str {
         match self.overflow.as_deref() {
             Some("rolling_window") => "rolling_window",
             Some("truncate_middle") => "truncate_middle",
@@ -77,9 +78,10 @@ impl PredictOptions {
         }
     }
 
-    /// The request, and the seed it will use.
-    pub fn into_request(self, py: Python<'_>, prompt: TextOrTokens) -> PyResult<(Request, u32)> {
+    /// The request, and what its result will repeat of the options.
+    pub fn into_request(self, py: Python<'_>, prompt: TextOrTokens) -> PyResult<(Request, Terms)> {
         let seed = self.seed.unwrap_or_else(random_seed);
+        let terms = Terms { seed, policy: self.policy(), logprobs: self.logprobs.is_some() };
         let overflow = self.overflow.as_deref().map(overflow).transpose()?;
         let deadline = deadline_after(self.deadline);
         let text = text_options(self.stop, self.trim_trailing_whitespace, self.token_batching);
@@ -125,7 +127,7 @@ impl PredictOptions {
             deadline,
             overflow,
         };
-        Ok((request, seed))
+        Ok((request, terms))
     }
 }
 

@@ -14,13 +14,23 @@ use crate::sequence::Outcome;
 #[pyclass(frozen, module = "llamactor._core")]
 pub struct Prediction {
     native: Native<Arc<prediction::Prediction>>,
-    seed: u32,
-    policy: &'static str,
+    terms: Terms,
+}
+
+/// What the result repeats of the options.
+#[derive(Clone, Copy)]
+pub struct Terms {
+    /// Drawn if none was given.
+    pub seed: u32,
+    /// What is done when the context is full.
+    pub policy: &'static str,
+    /// Whether log-probabilities were asked for.
+    pub logprobs: bool,
 }
 
 impl Prediction {
-    pub fn new(native: Arc<prediction::Prediction>, seed: u32, policy: &'static str) -> Self {
-        Self { native: Native::new(native), seed, policy }
+    pub fn new(native: Arc<prediction::Prediction>, terms: Terms) -> Self {
+        Self { native: Native::new(native), terms }
     }
 }
 
@@ -102,11 +112,11 @@ impl Prediction {
         let dict = PyDict::new(py);
         dict.set_item("content", &finished.text)?;
         dict.set_item("tokens", &finished.tokens)?;
-        dict.set_item("logprobs", logprobs(py, finished)?)?;
+        dict.set_item("logprobs", self.terms.logprobs.then(|| logprobs(py, finished)).transpose()?)?;
         dict.set_item("stop_reason", outcome.stop_reason.name())?;
         dict.set_item("stop_string", &outcome.stop_string)?;
-        dict.set_item("seed", self.seed)?;
-        dict.set_item("context_shift", shift(py, self.policy, finished)?)?;
+        dict.set_item("seed", self.terms.seed)?;
+        dict.set_item("context_shift", shift(py, self.terms.policy, finished)?)?;
         dict.set_item("stats", stats(py, &finished.stats)?)?;
         dict.set_item("error", outcome.error.as_ref().map(|error| to_python(error).into_value(py)))?;
         Ok(dict)
@@ -130,15 +140,12 @@ fn shift<'py>(py: Python<'py>, policy: &str, finished: &Finished) -> PyResult<Op
     Ok(Some(dict))
 }
 
-fn logprobs<'py>(py: Python<'py>, finished: &Finished) -> PyResult<Option<Bound<'py, PyList>>> {
-    if finished.logprobs.is_empty() {
-        return Ok(None);
-    }
+fn logprobs<'py>(py: Python<'py>, finished: &Finished) -> PyResult<Bound<'py, PyList>> {
     let list = PyList::empty(py);
     for (token, logprob) in finished.tokens.iter().zip(&finished.logprobs) {
         list.append((*token, &logprob.text, logprob.logprob, logprob.top.clone()))?;
     }
-    Ok(Some(list))
+    Ok(list)
 }
 
 fn stats<'py>(py: Python<'py>, stats: &Stats) -> PyResult<Bound<'py, PyDict>> {

@@ -77,14 +77,14 @@ impl Sequence {
         options: PredictOptions,
     ) -> PyResult<Prediction> {
         let lease = self.open()?;
-        let (max_pending, policy) = (options.max_pending, options.policy());
-        let (request, seed) = options.into_request(py, prompt)?;
+        let max_pending = options.max_pending;
+        let (request, terms) = options.into_request(py, prompt)?;
         let native = prediction::Prediction::new(hub.native()?, max_pending);
         let shared = Arc::clone(lease.shared());
         native.on_nudge(Arc::new(move || shared.wake()));
         let sink: Arc<prediction::Prediction> = Arc::clone(&native);
         lease.predict(request, sink);
-        Ok(Prediction::new(native, seed, policy))
+        Ok(Prediction::new(native, terms))
     }
 
     fn prefill(&self, hub: &Hub, prompt: TextOrTokens, special: bool) -> PyResult<Call> {

@@ -37,6 +37,7 @@ PYTHON_MODULES = {
     "sequence": {"_checks", "_hub", "errors", "options", "prediction"},
     "context": {"_checks", "_hub", "_opening", "sequence"},
     "model": {"_checks", "_hub", "_opening", "context", "errors", "options", "prediction"},
+    "system": {"_checks", "_core"},
     "loading": {"_checks", "_core", "_hub", "errors", "model", "options", "prediction"},
 }
 
