@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TOLERANCE = 0.05
+TOLERANCE = 0.1
 """Log-probabilities of one text may differ by this much, evaluated in batches of other widths.
 
 The kernels sum in another order and keys are stored in 16 bits; a token too many, too few or at the

@@ -28,6 +28,8 @@ struct Row {
     cells: Vec<u32>,
     /// First index that changed since the last look (see [`Cells::take_change`]).
     changed_from: usize,
+    /// Tokens whose cells were computed after exactly the tokens that now stand before them.
+    n_exact: usize,
 }
 
 impl Cells {
@@ -114,6 +116,8 @@ impl Cells {
         for &token in tokens {
             let cell = self.take_cell();
             let row = self.row_mut(slot);
+            // One after a moved cell is as inexact as that.
+            row.n_exact += usize::from(row.n_exact == row.tokens.len());
             row.tokens.push(token);
             row.cells.push(cell);
         }
@@ -139,6 +143,7 @@ impl Cells {
     pub fn remove(&mut self, slot: Slot, range: Range<usize>) {
         let row = &mut self.slots[slot as usize];
         row.changed_from = row.changed_from.min(range.start);
+        row.n_exact = row.n_exact.min(range.start);
         row.tokens.drain(range.clone());
         for cell in row.cells.drain(range) {
             let holders = &mut self.holders[cell as usize];
@@ -158,6 +163,7 @@ impl Cells {
         assert!(from != to && self.is_empty(to), "only an empty sequence can share another's cells");
         let source = self.row(from);
         let (tokens, cells) = (source.tokens[..n].to_vec(), source.cells[..n].to_vec());
+        let n_exact = source.n_exact.min(n);
         for &cell in &cells {
             self.holders[cell as usize] += 1;
         }
@@ -165,6 +171,15 @@ impl Cells {
         row.tokens = tokens;
         row.cells = cells;
         row.changed_from = 0;
+        row.n_exact = n_exact;
+    }
+
+    /// Leading tokens of a sequence that serve as a prefix for others: what follows a cell that was moved remembers
+    /// tokens that have gone.
+    #[must_use]
+    pub fn exact(&self, slot: Slot) -> &[Token] {
+        let row = self.row(slot);
+        &row.tokens[..row.n_exact]
     }
 
     /// The index from which the sequence's tokens changed since this was last asked; its length if nothing was
@@ -209,25 +224,26 @@ impl Reuse {
     }
 }
 
-/// How to begin a prompt of `wanted` tokens, of which at most `limit` may come from the cache (the last one must be
-/// evaluated for its logits). `checkpoints` are lengths at which the sequence's state was saved.
+/// How to begin a prompt of `wanted` tokens, those of them that may come from the cache (the last one of a prompt must
+/// be evaluated for its logits). `same_holder`: whoever asks has made the sequence what it is, moved cells included.
+/// `checkpoints` are lengths at which the sequence's state was saved.
 #[must_use]
 pub fn plan_reuse(
     cells: &Cells,
     slot: Slot,
     wanted: &[Token],
-    limit: usize,
+    same_holder: bool,
     can: Capabilities,
     checkpoints: &[usize],
 ) -> Reuse {
-    let wanted = &wanted[..limit.min(wanted.len())];
-    let own = common_prefix(cells.tokens(slot), wanted);
+    let usable = if same_holder { cells.tokens(slot) } else { cells.exact(slot) };
+    let own = common_prefix(usable, wanted);
     let kept = if can.remove_tail || own == cells.len(slot) { Reuse::Own(own) } else { rolled_back(own, checkpoints) };
     if !can.share_prefix {
         return kept;
     }
     let others = (0..cells.n_slots() as Slot).filter(|&other| other != slot);
-    let best = others.map(|other| (common_prefix(cells.tokens(other), wanted), other)).max_by_key(|&(n, _)| n);
+    let best = others.map(|other| (common_prefix(cells.exact(other), wanted), other)).max_by_key(|&(n, _)| n);
     match best {
         Some((n, from)) if n > kept.n_cached() => Reuse::Share { from, n },
         _ => kept,

@@ -21,7 +21,7 @@ use super::Shared;
 use super::batch::{Limits, Phase, Planner, Take, Work};
 use super::cache::{Cells, Reuse, Slot, merged_ranges, plan_reuse};
 use super::cost::CostModel;
-use super::job::{End, Generator, Goal, Job, MemoryOp, MemoryReply, Message, Overflow, Reply, Step};
+use super::job::{End, Generator, Goal, Holder, Job, MemoryOp, MemoryReply, Message, Overflow, Reply, Step};
 use super::memory::Capabilities;
 use crate::error::{Error, Result, closed};
 use crate::llama::{Batch, CancelFlags, Context, Decoded, Token};
@@ -77,6 +77,10 @@ struct Checkpoint {
 
 struct Sequence {
     running: Option<Running>,
+    /// Whose tokens the cells hold.
+    holder: Holder,
+    /// What the sequence stands for although its cells had to go: evaluated again before it is worked with.
+    lost: Vec<Token>,
     last_used: u64,
     checkpoints: Vec<Checkpoint>,
 }
@@ -119,7 +123,9 @@ impl Decoder {
         Self {
             can,
             cells: Cells::new(n, info.n_cells, info.context_size),
-            sequences: (0..n).map(|_| Sequence { running: None, last_used: 0, checkpoints: Vec::new() }).collect(),
+            sequences: (0..n)
+                .map(|_| Sequence { running: None, holder: 0, lost: Vec::new(), last_used: 0, checkpoints: Vec::new() })
+                .collect(),
             planner: Planner::new(n),
             cost: CostModel::new(n.min(context.n_batch()).min(context.n_outputs_max())),
             batch: Batch::new(context.n_batch()),
@@ -254,7 +260,7 @@ impl Decoder {
                 self.spare_rows.push(row);
                 self.drawn(slot, step);
             }
-            Message::Memory { slot, op, reply } => self.change_memory(slot, op, &reply),
+            Message::Memory { slot, holder, op, reply } => self.change_memory(slot, holder, op, &reply),
             Message::Wake => {}
             Message::Close => return false,
         }
@@ -322,7 +328,8 @@ impl Decoder {
         self.clock += 1;
         self.blocked = false;
         self.sequences[slot as usize].last_used = self.clock;
-        self.publish_slot(slot);
+        self.changed = true;
+        self.publish();
         let generator = match running.job.goal {
             Goal::Generate(generator) => generator,
             Goal::Evaluate | Goal::Score(_) => None,
@@ -434,12 +441,25 @@ impl Decoder {
             Goal::Generate(_) => wanted.len() - 1,
             Goal::Score(from) => from.saturating_sub(1),
         };
-        let lengths: Vec<usize> = self.sequences[slot as usize].checkpoints.iter().map(|c| c.length).collect();
-        let reuse = plan_reuse(&self.cells, slot, wanted, limit, self.can, &lengths);
+        let sequence = &self.sequences[slot as usize];
+        let lengths: Vec<usize> = sequence.checkpoints.iter().map(|checkpoint| checkpoint.length).collect();
+        let same_holder = sequence.holder == running.job.holder;
+        let usable = &wanted[..limit.min(wanted.len())];
+        let reuse = plan_reuse(&self.cells, slot, usable, same_holder, self.can, &lengths);
+        self.take_over(slot);
         match reuse {
             Reuse::Own(n) => self.truncate(slot, n),
             Reuse::Share { from, n } => self.share(from, slot, n),
             Reuse::Checkpoint(length) => self.roll_back(slot, length),
+        }
+    }
+
+    /// The cells are the job's from now on.
+    fn take_over(&mut self, slot: Slot) {
+        let sequence = &mut self.sequences[slot as usize];
+        if let Some(running) = &sequence.running {
+            sequence.holder = running.job.holder;
+            sequence.lost.clear();
         }
     }
 
@@ -512,9 +532,12 @@ impl Decoder {
     fn evict_one(&mut self, except: Slot) -> bool {
         let oldest = self.evictable(except).min_by_key(|&slot| {
             let sequence = &self.sequences[slot as usize];
-            (sequence.running.is_some(), sequence.last_used)
+            (sequence.running.is_some(), !self.shared.pool.is_free(slot), sequence.last_used)
         });
         let Some(slot) = oldest else { return false };
+        if self.sequences[slot as usize].running.is_none() {
+            self.sequences[slot as usize].lost = self.cells.tokens(slot).to_vec();
+        }
         self.truncate(slot, 0);
         match self.running(slot) {
             Some(_) => self.shared.stats.preemptions(1),
@@ -852,23 +875,42 @@ impl Decoder {
 
     // ---- memory operations ----------------------------------------------------------------------------------------
 
-    fn change_memory(&mut self, slot: Slot, op: MemoryOp, reply: &Sender<Result<MemoryReply>>) {
-        let outcome = match op {
+    fn change_memory(&mut self, slot: Slot, holder: Holder, op: MemoryOp, reply: &Sender<Result<MemoryReply>>) {
+        let outcome = self.changed_memory(slot, holder, op);
+        self.changed = true;
+        self.publish();
+        let _ = reply.send(outcome);
+    }
+
+    fn changed_memory(&mut self, slot: Slot, holder: Holder, op: MemoryOp) -> Result<MemoryReply> {
+        let sequence = &mut self.sequences[slot as usize];
+        if sequence.holder != holder {
+            sequence.holder = holder;
+            sequence.lost.clear();
+            self.truncate(slot, 0);
+        }
+        let lost = std::mem::take(&mut self.sequences[slot as usize].lost);
+        let replaces = matches!(op, MemoryOp::Clear | MemoryOp::Restore(..));
+        if !lost.is_empty() && !replaces {
+            return Ok(MemoryReply::Lost(lost));
+        }
+        match op {
             MemoryOp::Clear => {
                 self.truncate(slot, 0);
                 Ok(MemoryReply::Done)
             }
             MemoryOp::Erase(ranges) => Ok(self.erase(slot, &ranges)),
-            MemoryOp::CopyTo(to) => Ok(self.copy_to(slot, to)),
+            MemoryOp::CopyTo(to, holder) => {
+                self.sequences[to as usize].holder = holder;
+                self.sequences[to as usize].lost.clear();
+                Ok(self.copy_to(slot, to))
+            }
             MemoryOp::Save => self
                 .context
                 .sequence_state(slot, false)
                 .map(|state| MemoryReply::State(self.cells.tokens(slot).to_vec(), state)),
             MemoryOp::Restore(tokens, state) => self.restore(slot, &tokens, &state),
-        };
-        self.changed = true;
-        self.publish();
-        let _ = reply.send(outcome);
+        }
     }
 
     fn erase(&mut self, slot: Slot, ranges: &[(usize, usize)]) -> MemoryReply {
@@ -906,21 +948,39 @@ impl Decoder {
         MemoryReply::Reevaluate(tokens)
     }
 
+    /// Puts saved tokens and state in place of what the sequence holds; what is refused changes nothing.
     fn restore(&mut self, slot: Slot, tokens: &[Token], state: &[u8]) -> Result<MemoryReply> {
-        self.truncate(slot, 0);
-        while self.cells.n_free() < tokens.len() && self.evict_one(slot) {}
-        if tokens.len() > self.cells.n_free().min(self.cells.per_slot()) {
-            return Err(overflow(tokens.len(), self.cells.n_free().min(self.cells.per_slot())));
+        let limit = self.cells.per_slot();
+        if tokens.len() > limit {
+            return Err(overflow(tokens.len(), limit));
         }
-        let restored = tokens.is_empty()
+        self.free_cells(slot, tokens.len().saturating_sub(self.cells.n_private(slot)));
+        let room = self.cells.n_free() + self.cells.n_private(slot);
+        if tokens.len() > room {
+            return Err(overflow(tokens.len(), room));
+        }
+        let before = (self.cells.tokens(slot).to_vec(), self.context.sequence_state(slot, false)?);
+        self.truncate(slot, 0);
+        if self.put(slot, tokens, state) {
+            return Ok(MemoryReply::Done);
+        }
+        if !self.put(slot, &before.0, &before.1) {
+            self.sequences[slot as usize].lost = before.0;
+        }
+        Err(Error::StateMismatch("llama.cpp refused the saved state; evaluate the prompt again".into()))
+    }
+
+    /// Fills an empty sequence with a state; false, and empty, when llama.cpp refuses it.
+    fn put(&mut self, slot: Slot, tokens: &[Token], state: &[u8]) -> bool {
+        let fits = tokens.is_empty()
             || (self.context.restore_sequence(slot, state, false)
                 && self.context.last_position(slot) == tokens.len() as i32 - 1);
-        if !restored {
+        if fits {
+            self.cells.append(slot, tokens);
+        } else {
             self.context.remove_from(slot, 0);
-            return Err(Error::StateMismatch("llama.cpp refused the saved state; evaluate the prompt again".into()));
         }
-        self.cells.append(slot, tokens);
-        Ok(MemoryReply::Done)
+        fits
     }
 
     // ---- for others to see ------------------------------------------------------------------------------------------
@@ -934,16 +994,18 @@ impl Decoder {
         self.shared.n_cells_used.store(self.cells.n_used(), Ordering::Relaxed);
     }
 
-    /// Brings the public view of a sequence's tokens up to date, touching only what changed.
+    /// Brings the public view of a sequence's tokens up to date, touching only what changed. A view that belongs to a
+    /// newer holder, or stands for tokens that lost their cells, is left alone.
     fn publish_slot(&mut self, slot: Slot) {
-        let from = self.cells.take_change(slot);
-        let tokens = self.cells.tokens(slot);
+        let sequence = &self.sequences[slot as usize];
         let mut view = self.shared.view(slot);
-        if from < tokens.len() || view.len() != tokens.len() {
-            view.truncate(from);
-            let known = view.len();
-            view.extend_from_slice(&tokens[known..]);
+        if view.holder != sequence.holder || !sequence.lost.is_empty() {
+            return;
         }
+        let from = self.cells.take_change(slot).min(view.tokens.len());
+        let tokens = self.cells.tokens(slot);
+        view.tokens.truncate(from);
+        view.tokens.extend_from_slice(&tokens[from..]);
     }
 }
 

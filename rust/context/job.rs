@@ -10,6 +10,9 @@ use super::cache::Slot;
 use crate::error::{Error, Result};
 use crate::llama::Token;
 
+/// Names who holds a sequence; never the same again. 0 is nobody.
+pub type Holder = u64;
+
 /// What to do when a sequence has filled the context.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Overflow {
@@ -76,6 +79,8 @@ pub enum Goal {
 pub struct Job {
     /// The sequence.
     pub slot: Slot,
+    /// Who holds it.
+    pub holder: Holder,
     /// All tokens that the sequence shall hold before the first is drawn.
     pub tokens: Vec<Token>,
     /// What for.
@@ -136,7 +141,7 @@ pub enum MemoryOp {
     /// Remove these ranges and close the gaps.
     Erase(Vec<(usize, usize)>),
     /// Let another sequence, which is cleared first, have the same tokens.
-    CopyTo(Slot),
+    CopyTo(Slot, Holder),
     /// Take the tokens and the bytes of the state.
     Save,
     /// Put tokens and state back.
@@ -150,6 +155,8 @@ pub enum MemoryReply {
     Done,
     /// Tokens must be evaluated again for it: these shall be the sequence's.
     Reevaluate(Vec<Token>),
+    /// The sequence's cells had to go to others: evaluate these tokens again, then ask once more.
+    Lost(Vec<Token>),
     /// Tokens and state.
     State(Vec<Token>, Vec<u8>),
 }
@@ -171,6 +178,8 @@ pub enum Message {
     Memory {
         /// The sequence.
         slot: Slot,
+        /// Who holds it: what others left in it is not the holder's.
+        holder: Holder,
         /// How.
         op: MemoryOp,
         /// Where the outcome goes.

@@ -15,7 +15,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use cache::Slot;
-use job::Message;
+use job::{Holder, Message};
 use memory::MemoryKind;
 use pool::Pool;
 pub use stats::{Snapshot, Stats};
@@ -26,6 +26,8 @@ use crate::model::Model;
 
 /// Output rows in one call: enough for every sequence, and for scoring at a fair pace.
 const MIN_OUTPUTS: u32 = 32;
+
+static NEXT_HOLDER: AtomicU64 = AtomicU64::new(1);
 
 /// What is known about a context once it is made.
 #[derive(Clone, Debug)]
@@ -61,12 +63,19 @@ pub struct Shared {
     /// Counters.
     pub stats: Stats,
     /// Tokens of each sequence, as evaluated.
-    views: Vec<Mutex<Vec<Token>>>,
+    views: Vec<Mutex<View>>,
     usages: Vec<Usage>,
     n_cells_used: AtomicUsize,
     closing: Arc<AtomicBool>,
     inbox: Sender<Message>,
     ended: Gate,
+}
+
+/// What a holder's sequence stands for.
+#[derive(Default)]
+struct View {
+    holder: Holder,
+    tokens: Vec<Token>,
 }
 
 /// Tokens that went through a sequence, all its holders together.
@@ -199,19 +208,27 @@ impl Shared {
         self.send(Message::Wake);
     }
 
-    /// The evaluated tokens of a sequence.
+    /// The tokens of a sequence, as its holder left them.
     #[must_use]
     pub fn tokens(&self, slot: Slot) -> Vec<Token> {
-        self.view(slot).clone()
+        self.view(slot).tokens.clone()
     }
 
-    /// Number of evaluated tokens of a sequence.
+    /// Number of tokens of a sequence.
     #[must_use]
     pub fn length(&self, slot: Slot) -> usize {
-        self.view(slot).len()
+        self.view(slot).tokens.len()
     }
 
-    fn view(&self, slot: Slot) -> std::sync::MutexGuard<'_, Vec<Token>> {
+    /// A new holder sees an empty sequence, whatever its cells hold.
+    #[must_use]
+    pub fn hold(&self, slot: Slot) -> Holder {
+        let holder = NEXT_HOLDER.fetch_add(1, Ordering::Relaxed);
+        *self.view(slot) = View { holder, tokens: Vec::new() };
+        holder
+    }
+
+    fn view(&self, slot: Slot) -> std::sync::MutexGuard<'_, View> {
         self.views[slot as usize].lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -62,6 +62,12 @@ impl Pool {
         self.n_active.load(Ordering::Relaxed)
     }
 
+    /// Whether nobody holds the sequence.
+    #[must_use]
+    pub fn is_free(&self, slot: Slot) -> bool {
+        self.lock().free.contains(&slot)
+    }
+
     /// A sequence if one is free and nobody waits longer.
     ///
     /// # Errors

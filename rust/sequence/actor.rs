@@ -8,12 +8,12 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use super::generation::Generation;
-use super::lease::{Lease, Sequences};
+use super::lease::{Lease, Sequences, Ticket};
 use super::sampler::{Sampler, Vocabulary};
 use super::state::{self, Fingerprint};
 use super::text::TextStream;
 use super::{Done, Outcome, Prompt, Request, Sink, StopReason};
-use crate::context::job::{End, Flow, Generator, Goal, Job, MemoryOp, MemoryReply, Message, Overflow, Reply};
+use crate::context::job::{End, Flow, Generator, Goal, Holder, Job, MemoryOp, MemoryReply, Message, Overflow, Reply};
 use crate::context::{Shared, Slot};
 use crate::error::{Error, Result, closed};
 use crate::llama::Token;
@@ -70,8 +70,12 @@ impl Terms {
 
 /// What a sequence is asked.
 pub enum Command {
-    /// For a holder who may have closed the sequence meanwhile.
-    Leased(Arc<AtomicBool>, Box<Command>),
+    /// For a holder, who may have closed the sequence meanwhile unless this was to be the last command.
+    Leased {
+        ticket: Ticket,
+        last: bool,
+        command: Box<Command>,
+    },
     Predict(Box<Prediction>),
     Resume(Box<Parked>),
     Prefill {
@@ -104,8 +108,6 @@ pub enum Command {
         path: PathBuf,
         done: Done<()>,
     },
-    /// The holder has gone: give the sequence back.
-    Release,
     /// The context is closing.
     End,
 }
@@ -133,9 +135,12 @@ impl Drop for Envelope {
 
 impl Command {
     /// Answers a command that cannot be carried out.
-    fn refuse(self, error: Error) {
+    pub fn refuse(self, error: Error) {
         match self {
-            Self::Leased(_, command) => command.refuse(error),
+            Self::Leased { ticket, command, .. } => {
+                command.refuse(error);
+                drop(ticket);
+            }
             Self::Predict(prediction) => prediction.fail(error),
             Self::Resume(parked) => parked.generation.finish(End::Failed(error)),
             Self::Prefill { done, .. } => done(Err(error)),
@@ -144,7 +149,7 @@ impl Command {
             Self::Erase { done, .. } | Self::Clear { done } | Self::Save { done, .. } | Self::Load { done, .. } => {
                 done(Err(error));
             }
-            Self::Release | Self::End => {}
+            Self::End => {}
         }
     }
 }
@@ -191,42 +196,40 @@ impl Actor {
         }
     }
 
+    /// Only the holder's commands come here; the hold lasts until they are done.
     fn carry_out(&self, command: Command) {
+        let Command::Leased { ticket, last, command } = command else { return };
         if self.shared.is_closing() {
             return command.refuse(closed("context"));
         }
-        match command {
-            Command::Leased(closed_flag, command) if closed_flag.load(Ordering::Acquire) => {
-                command.refuse(closed("sequence"));
-            }
-            Command::Leased(_, command) => match *command {
-                Command::Predict(prediction) => self.predict(*prediction, false),
-                command => self.carry_out(command),
-            },
-            Command::Predict(prediction) => self.predict(*prediction, true),
-            Command::Resume(parked) => self.resume(*parked),
-            Command::Prefill { prompt, cancel, done } => done(self.prefill(prompt, cancel)),
-            Command::Score { tokens, cancel, done } => done(self.score(tokens, cancel)),
-            Command::Fork { lease, done } => done(self.fork(lease)),
-            Command::Erase { ranges, cancel, done } => done(self.erase(ranges, cancel)),
-            Command::Clear { done } => done(self.change(MemoryOp::Clear).map(drop)),
-            Command::Save { path, done } => done(self.save(&path)),
-            Command::Load { path, done } => done(self.load(&path)),
-            Command::Release => self.shared.pool.give_back(self.slot),
-            Command::End => {}
+        if ticket.is_closed() && !last {
+            return command.refuse(closed("sequence"));
+        }
+        let holder = ticket.id();
+        match *command {
+            Command::Predict(prediction) => self.predict(holder, *prediction, last),
+            Command::Resume(parked) => self.resume(holder, *parked),
+            Command::Prefill { prompt, cancel, done } => done(self.prefill(holder, prompt, cancel)),
+            Command::Score { tokens, cancel, done } => done(self.score(holder, tokens, cancel)),
+            Command::Fork { lease, done } => done(self.fork(holder, lease)),
+            Command::Erase { ranges, cancel, done } => done(self.erase(holder, ranges, cancel)),
+            Command::Clear { done } => done(self.change(holder, || MemoryOp::Clear).map(drop)),
+            Command::Save { path, done } => done(self.save(holder, &path)),
+            Command::Load { path, done } => done(self.load(holder, &path)),
+            Command::Leased { .. } | Command::End => {}
         }
     }
 
     // ---- predictions ----------------------------------------------------------------------------------------------
 
-    fn predict(&self, prediction: Prediction, parkable: bool) {
+    fn predict(&self, holder: Holder, prediction: Prediction, parkable: bool) {
         let Prediction { request, sink } = prediction;
         if sink.cancel_flag().load(Ordering::Relaxed) {
             return finish_early(&*sink, cancelled(&*sink));
         }
         let terms = Terms::of(&request);
         match self.prepare(request, &sink) {
-            Ok((generation, tokens)) => self.generate(generation, tokens, terms, parkable),
+            Ok((generation, tokens)) => self.generate(holder, generation, tokens, terms, parkable),
             Err(error) => finish_early(&*sink, End::Failed(error)),
         }
     }
@@ -318,16 +321,16 @@ impl Actor {
     }
 
     /// Runs a generation to its end, or until its sequence is needed by others.
-    fn generate(&self, generation: Box<Generation>, tokens: Vec<Token>, terms: Terms, parkable: bool) {
+    fn generate(&self, holder: Holder, generation: Box<Generation>, tokens: Vec<Token>, terms: Terms, parkable: bool) {
         let sink = Arc::clone(&generation.sink);
         let flow = Arc::clone(&sink).as_flow();
         if generation.is_complete() {
-            return self.evaluate_only(generation, tokens, terms, flow);
+            return self.evaluate_only(holder, generation, tokens, terms, flow);
         }
         let cheap = generation.is_cheap();
         let (along, mut here) =
             if cheap { (Some(generation as Box<dyn Generator>), None) } else { (None, Some(generation)) };
-        self.begin(Job { parkable, ..self.job(tokens, Goal::Generate(along), terms, flow) });
+        self.begin(Job { parkable, ..self.job(holder, tokens, Goal::Generate(along), terms, flow) });
         let ended = self.attend(&mut here);
         let Some(generation) = here.or(ended.generation) else {
             return finish_early(&*sink, ended.end);
@@ -339,8 +342,15 @@ impl Actor {
     }
 
     /// `max_tokens=0`: the prompt is evaluated and nothing drawn.
-    fn evaluate_only(&self, mut generation: Box<Generation>, tokens: Vec<Token>, terms: Terms, flow: Arc<dyn Flow>) {
-        self.begin(self.job(tokens, Goal::Evaluate, terms, flow));
+    fn evaluate_only(
+        &self,
+        holder: Holder,
+        mut generation: Box<Generation>,
+        tokens: Vec<Token>,
+        terms: Terms,
+        flow: Arc<dyn Flow>,
+    ) {
+        self.begin(self.job(holder, tokens, Goal::Evaluate, terms, flow));
         let ended = self.attend(&mut None);
         generation.ended = Some((StopReason::MaxTokens, None));
         generation.finish(ended.end);
@@ -365,15 +375,16 @@ impl Actor {
         }));
     }
 
-    fn resume(&self, parked: Parked) {
-        self.generate(parked.generation, parked.tokens, parked.terms, true);
+    fn resume(&self, holder: Holder, parked: Parked) {
+        self.generate(holder, parked.generation, parked.tokens, parked.terms, true);
     }
 
     // ---- jobs -----------------------------------------------------------------------------------------------------
 
-    fn job(&self, tokens: Vec<Token>, goal: Goal, terms: Terms, flow: Arc<dyn Flow>) -> Job {
+    fn job(&self, holder: Holder, tokens: Vec<Token>, goal: Goal, terms: Terms, flow: Arc<dyn Flow>) -> Job {
         Job {
             slot: self.slot,
+            holder,
             tokens,
             goal,
             priority: terms.priority,
@@ -420,9 +431,9 @@ impl Actor {
     }
 
     /// Runs a job without a generation.
-    fn run_job(&self, tokens: Vec<Token>, goal: Goal, cancel: Arc<AtomicBool>) -> Result<Vec<f32>> {
+    fn run_job(&self, holder: Holder, tokens: Vec<Token>, goal: Goal, cancel: Arc<AtomicBool>) -> Result<Vec<f32>> {
         let terms = Terms { priority: 0, deadline: None, deterministic: false, overflow: None };
-        self.begin(self.job(tokens, goal, terms, Arc::new(Cancel(cancel))));
+        self.begin(self.job(holder, tokens, goal, terms, Arc::new(Cancel(cancel))));
         let ended = self.attend(&mut None);
         match ended.end {
             End::Done => Ok(ended.scores),
@@ -441,7 +452,7 @@ impl Actor {
 
     // ---- the other commands ---------------------------------------------------------------------------------------
 
-    fn prefill(&self, prompt: Prompt, cancel: Arc<AtomicBool>) -> Result<usize> {
+    fn prefill(&self, holder: Holder, prompt: Prompt, cancel: Arc<AtomicBool>) -> Result<usize> {
         let tokens = self.tokenize(&prompt, None)?;
         let n_tokens = tokens.len();
         if n_tokens > self.shared.info.context_size {
@@ -450,7 +461,7 @@ impl Actor {
         let counter = Arc::new(Counted { cancel, n_cached: std::sync::atomic::AtomicUsize::new(0) });
         let terms = Terms { priority: 0, deadline: None, deterministic: false, overflow: None };
         let flow: Arc<dyn Flow> = counter.clone();
-        self.begin(self.job(tokens, Goal::Evaluate, terms, flow));
+        self.begin(self.job(holder, tokens, Goal::Evaluate, terms, flow));
         match self.attend(&mut None).end {
             End::Done => Ok(n_tokens - counter.n_cached.load(Ordering::Relaxed)),
             End::Cancelled | End::Parked => Err(Error::Cancelled),
@@ -459,7 +470,7 @@ impl Actor {
         }
     }
 
-    fn score(&self, tokens: Vec<Token>, cancel: Arc<AtomicBool>) -> Result<Vec<f32>> {
+    fn score(&self, holder: Holder, tokens: Vec<Token>, cancel: Arc<AtomicBool>) -> Result<Vec<f32>> {
         let model = self.shared.model()?;
         if let Some(&token) = tokens.iter().find(|&&token| !model.llama().contains(token)) {
             return Err(model.llama().outside(token));
@@ -470,7 +481,7 @@ impl Actor {
         if all.len() > self.shared.info.context_size {
             return Err(self.too_long(all.len()));
         }
-        let mut scores = self.run_job(all, Goal::Score(from), cancel)?;
+        let mut scores = self.run_job(holder, all, Goal::Score(from), cancel)?;
         if from == 0 {
             // Nothing comes before the first token, so nothing predicts it.
             scores.insert(0, f32::NAN);
@@ -478,8 +489,8 @@ impl Actor {
         Ok(scores)
     }
 
-    fn fork(&self, lease: Lease) -> Result<Lease> {
-        match self.change(MemoryOp::CopyTo(lease.slot()))? {
+    fn fork(&self, holder: Holder, lease: Lease) -> Result<Lease> {
+        match self.change(holder, || MemoryOp::CopyTo(lease.slot(), lease.holder()))? {
             MemoryReply::Reevaluate(tokens) => {
                 let prompt = Prompt::Tokens(tokens);
                 let (report, reported) = channel();
@@ -491,10 +502,10 @@ impl Actor {
         }
     }
 
-    fn erase(&self, ranges: Vec<(usize, usize)>, cancel: Arc<AtomicBool>) -> Result<()> {
-        match self.change(MemoryOp::Erase(ranges))? {
+    fn erase(&self, holder: Holder, ranges: Vec<(usize, usize)>, cancel: Arc<AtomicBool>) -> Result<()> {
+        match self.change(holder, || MemoryOp::Erase(ranges.clone()))? {
             MemoryReply::Reevaluate(tokens) if !tokens.is_empty() => {
-                self.run_job(tokens, Goal::Evaluate, cancel).map(drop)
+                self.run_job(holder, tokens, Goal::Evaluate, cancel).map(drop)
             }
             _ => Ok(()),
         }
@@ -504,21 +515,32 @@ impl Actor {
         Ok(Fingerprint::new(self.shared.model()?.fingerprint(), &self.shared.layout))
     }
 
-    fn save(&self, path: &std::path::Path) -> Result<()> {
-        match self.change(MemoryOp::Save)? {
+    fn save(&self, holder: Holder, path: &std::path::Path) -> Result<()> {
+        match self.change(holder, || MemoryOp::Save)? {
             MemoryReply::State(tokens, bytes) => state::write(path, self.fingerprint()?, &tokens, &bytes),
             _ => Ok(()),
         }
     }
 
-    fn load(&self, path: &std::path::Path) -> Result<()> {
+    fn load(&self, holder: Holder, path: &std::path::Path) -> Result<()> {
         let (tokens, bytes) = state::read(path, self.fingerprint()?)?;
-        self.change(MemoryOp::Restore(tokens, bytes)).map(drop)
+        self.change(holder, || MemoryOp::Restore(tokens.clone(), bytes.clone())).map(drop)
     }
 
-    fn change(&self, op: MemoryOp) -> Result<MemoryReply> {
+    /// Changes the sequence's memory; what it lost to others is evaluated again first.
+    fn change(&self, holder: Holder, op: impl Fn() -> MemoryOp) -> Result<MemoryReply> {
+        match self.ask(holder, op())? {
+            MemoryReply::Lost(tokens) => {
+                self.run_job(holder, tokens, Goal::Evaluate, Arc::default())?;
+                self.ask(holder, op())
+            }
+            reply => Ok(reply),
+        }
+    }
+
+    fn ask(&self, holder: Holder, op: MemoryOp) -> Result<MemoryReply> {
         let (reply, replied) = channel();
-        self.shared.send(Message::Memory { slot: self.slot, op, reply });
+        self.shared.send(Message::Memory { slot: self.slot, holder, op, reply });
         replied.recv().map_err(|_| closed("context"))?
     }
 }

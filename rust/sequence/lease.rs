@@ -1,13 +1,14 @@
 //! Who holds which sequence of a context, and the threads behind them.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
 use super::actor::{Actor, Command, Envelope, Prediction, STACK_BYTES};
 use super::{Done, Prompt, Request, Sink};
+use crate::context::job::Holder;
 use crate::context::pool::WaiterId;
 use crate::context::{self, Shared, Slot};
 use crate::error::{Error, Result, closed};
@@ -153,14 +154,92 @@ fn lease(sequences: &Weak<Sequences>, slot: Slot) -> Result<Lease> {
         }
     };
     let before = sequences.shared.usage(slot).snapshot();
-    Ok(Lease { slot, before, inbox, closed: Arc::default(), running: Arc::default(), sequences })
+    let hold = Hold::new(slot, &sequences.shared);
+    Ok(Lease { slot, before, inbox, hold, running: Arc::default(), sequences })
+}
+
+/// The hold on a sequence: it ends when the holder has closed it and nothing asked of it is left to do.
+pub(super) struct Hold {
+    slot: Slot,
+    id: Holder,
+    shared: Arc<Shared>,
+    state: Mutex<HoldState>,
+}
+
+#[derive(Default)]
+struct HoldState {
+    closed: bool,
+    n_commands: usize,
+}
+
+impl Hold {
+    fn new(slot: Slot, shared: &Arc<Shared>) -> Arc<Self> {
+        Arc::new(Self { slot, id: shared.hold(slot), shared: Arc::clone(shared), state: Mutex::default() })
+    }
+
+    pub fn id(&self) -> Holder {
+        self.id
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
+    /// A command begins its way; `None` after closing.
+    fn ticket(self: &Arc<Self>) -> Option<Ticket> {
+        let mut state = self.lock();
+        if state.closed {
+            return None;
+        }
+        state.n_commands += 1;
+        Some(Ticket(Arc::clone(self)))
+    }
+
+    /// False if it was closed before.
+    fn close(&self) -> bool {
+        let mut state = self.lock();
+        let first = !std::mem::replace(&mut state.closed, true);
+        let over = first && state.n_commands == 0;
+        drop(state);
+        if over {
+            self.shared.pool.give_back(self.slot);
+        }
+        first
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HoldState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Keeps the hold while a command is on its way or carried out.
+pub(super) struct Ticket(Arc<Hold>);
+
+impl std::ops::Deref for Ticket {
+    type Target = Arc<Hold>;
+
+    fn deref(&self) -> &Arc<Hold> {
+        &self.0
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.n_commands -= 1;
+        let over = state.closed && state.n_commands == 0;
+        drop(state);
+        if over {
+            self.0.shared.pool.give_back(self.0.slot);
+        }
+    }
 }
 
 /// A held sequence. Dropping it gives the sequence back; its cached tokens stay until the room is needed.
 pub struct Lease {
     slot: Slot,
     inbox: Sender<Envelope>,
-    closed: Arc<AtomicBool>,
+    hold: Arc<Hold>,
     /// Set by `close` to end what runs.
     running: Arc<Mutex<Vec<Weak<dyn Sink>>>>,
     /// What had gone through the sequence before.
@@ -184,7 +263,7 @@ impl Lease {
     /// Whether it was closed, or its context was.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Acquire) || self.shared().is_closing()
+        self.hold.is_closed() || self.shared().is_closing()
     }
 
     /// Prompt, cached and predicted tokens of this holder.
@@ -199,12 +278,25 @@ impl Lease {
     }
 
     fn send(&self, command: Command) {
-        let _ = self.inbox.send(Envelope::new(Command::Leased(Arc::clone(&self.closed), Box::new(command))));
+        self.send_with(command, false);
     }
 
-    /// Sends a last command, after which the sequence goes back.
+    /// Sends a last command, which is carried out although nobody holds the sequence any more; then it goes back.
     pub(super) fn send_last(self, command: Command) {
-        let _ = self.inbox.send(Envelope::new(command));
+        self.send_with(command, true);
+    }
+
+    fn send_with(&self, command: Command, last: bool) {
+        match self.hold.ticket() {
+            Some(ticket) => {
+                drop(self.inbox.send(Envelope::new(Command::Leased { ticket, last, command: Box::new(command) })))
+            }
+            None => command.refuse(closed("sequence")),
+        }
+    }
+
+    pub(super) fn holder(&self) -> Holder {
+        self.hold.id()
     }
 
     /// Continues the prompt, after what was asked of the sequence before.
@@ -232,12 +324,14 @@ impl Lease {
             done(Err(error));
             return None;
         }
-        let (inbox, closed) = (self.inbox.clone(), Arc::clone(&self.closed));
-        let copy = move |lease: Result<Lease>| match lease {
-            Ok(lease) => {
-                let _ = inbox.send(Envelope::new(Command::Leased(closed, Box::new(Command::Fork { lease, done }))));
+        let (inbox, hold) = (self.inbox.clone(), Arc::clone(&self.hold));
+        let copy = move |lease: Result<Lease>| match (lease, hold.ticket()) {
+            (Ok(lease), Some(ticket)) => {
+                let command = Box::new(Command::Fork { lease, done });
+                drop(inbox.send(Envelope::new(Command::Leased { ticket, last: false, command })));
             }
-            Err(error) => done(Err(error)),
+            (Ok(_), None) => done(Err(closed("sequence"))),
+            (Err(error), _) => done(Err(error)),
         };
         if wait {
             return Some(self.sequences.acquire(Box::new(copy)));
@@ -275,14 +369,13 @@ impl Lease {
 
     /// Closes it at once: what runs or waits on it ends with `Closed`. Idempotent.
     pub fn close(&self) {
-        if self.closed.swap(true, Ordering::AcqRel) {
+        if !self.hold.close() {
             return;
         }
         let running = std::mem::take(&mut *self.running.lock().unwrap_or_else(PoisonError::into_inner));
         for sink in running.iter().filter_map(Weak::upgrade) {
             sink.close();
         }
-        let _ = self.inbox.send(Envelope::new(Command::Release));
     }
 }
 

@@ -10,6 +10,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
@@ -20,6 +21,9 @@ const MAGIC: &[u8; 16] = b"LLAMACTOR-STATE\n";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 16 + 4 + 16 + 8 + 8 + 8;
 const CHECKSUM_BYTES: usize = 16;
+
+/// Tells the temporary files of this process apart.
+static SERIAL: AtomicU64 = AtomicU64::new(0);
 
 /// What a state belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +47,8 @@ pub fn write(path: &Path, fingerprint: Fingerprint, tokens: &[Token], state: &[u
     let bytes = encode(fingerprint, tokens, state);
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().ok_or_else(|| Error::Value(format!("{} names no file", path.display())))?;
-    let temporary = directory.join(format!(".{}.{}.partial", name.to_string_lossy(), std::process::id()));
+    let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
+    let temporary = directory.join(format!(".{}.{}-{serial}.partial", name.to_string_lossy(), std::process::id()));
     let written = write_and_rename(&temporary, path, &bytes);
     if written.is_err() {
         let _ = fs::remove_file(&temporary);
@@ -52,7 +57,7 @@ pub fn write(path: &Path, fingerprint: Fingerprint, tokens: &[Token], state: &[u
 }
 
 fn write_and_rename(temporary: &Path, path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mut file = fs::File::create(temporary)?;
+    let mut file = fs::File::create_new(temporary)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(temporary, path)
