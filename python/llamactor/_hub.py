@@ -160,6 +160,7 @@ def running_loop(what: str) -> asyncio.AbstractEventLoop:
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
+        require_own_process()
         raise RuntimeError(
             f"{what} needs a running asyncio event loop; call it from a coroutine"
         ) from None
@@ -202,11 +203,16 @@ def hub_for(loop: asyncio.AbstractEventLoop) -> LoopHub:
     return hub
 
 
-def _open_hub(loop: asyncio.AbstractEventLoop) -> LoopHub:
+def require_own_process() -> None:
+    """Raise `ClosedError` in a forked child."""
     if _forked:
         raise ClosedError(
             "this process was forked after llamactor started; start it anew in the child (spawn)"
         )
+
+
+def _open_hub(loop: asyncio.AbstractEventLoop) -> LoopHub:
+    require_own_process()
     with _lock:
         for other, hub in list(_hubs.items()):
             if hub.close_if_loop_closed():

@@ -48,11 +48,11 @@ class Opening(Coroutine[Any, Any, T]):
         self._coroutine.close()
 
     def __await__(self) -> Generator[Any, Any, T]:
-        """Open, and leave closing to the caller."""
+        """Open, and leave closing to the caller; cancelling leaves nothing open."""
         return self._coroutine.__await__()
 
     async def __aenter__(self) -> T:
-        """Open."""
+        """Open; cancelling leaves nothing open."""
         self._opened = await self._coroutine
         return self._opened
 
@@ -62,6 +62,6 @@ class Opening(Coroutine[Any, Any, T]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close what was opened."""
+        """Close what was opened; cancelling is as with its `aclose`."""
         if self._opened is not None:
             await self._opened.aclose()

@@ -23,7 +23,7 @@ class ContextStats(msgspec.Struct, frozen=True):
     """What a context holds and has done since it was opened; a snapshot."""
 
     cells_total: int
-    """Memory cells, one per token and sequence family."""
+    """Memory cells; one holds a token, for one sequence or for several that share it."""
     cells_used: int
     """Cells that hold a token."""
     cells_free: int
@@ -75,7 +75,7 @@ class Context:
 
     @property
     def context_size(self) -> int:
-        """Its size in tokens."""
+        """Tokens that one sequence may hold."""
         return self._size
 
     @property
@@ -104,11 +104,12 @@ class Context:
 
         Raises:
             TimeoutError: none became free in time.
+            ClosedError: the context was closed.
         """
         return Opening(self._acquire(check.check_timeout("timeout", timeout)))
 
     def try_sequence(self) -> Sequence | None:
-        """Return a sequence if one is free and nobody waits, else None."""
+        """Return a sequence if one is free and nobody waits, else None; never suspends."""
         running_loop("a sequence")
         native = self._native.try_acquire()
         return None if native is None else Sequence(native, self._model, self)
@@ -122,7 +123,7 @@ class Context:
         return sequence
 
     async def _queue(self, timeout: float | None) -> Sequence | None:
-        hub = hub_for(asyncio.get_running_loop())
+        hub = hub_for(running_loop("a context"))
         try:
             async with asyncio.timeout(timeout):
                 native = await finish(
@@ -139,7 +140,7 @@ class Context:
         """
         self._closing = True
         if not self._native.closed:
-            hub = hub_for(asyncio.get_running_loop())
+            hub = hub_for(running_loop("a context"))
             await finish(hub, self._native.close(hub.native), cancellable=False)
 
     async def __aenter__(self) -> Context:
@@ -152,7 +153,7 @@ class Context:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close it, as `aclose` does."""
+        """Close it, as `aclose` does; cancelling is as there."""
         await self.aclose()
 
     def __repr__(self) -> str:

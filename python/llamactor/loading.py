@@ -126,7 +126,7 @@ class Loading:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the model."""
+        """Close the model; cancelling is as with `Model.aclose`."""
         if self._model is not None:
             await self._model.aclose()
 
@@ -151,6 +151,8 @@ class Loading:
 
 def load_model(ref: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> Loading:
     """Start loading a model and a default context for it, and return the `Loading` to await.
+
+    Cancelling whoever awaits it cancels the load when nobody else waits for it or refers to it.
 
     Args:
         ref: Path of a ``.gguf`` (the first part of a split one), ``"smollm2"``, or ``"pkg:name"``

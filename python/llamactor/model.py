@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import warnings
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Unpack
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import msgspec
 
 from llamactor import _checks as check
-from llamactor._hub import finalisers_rest, finish, hub_for
+from llamactor._hub import finalisers_rest, finish, hub_for, running_loop
 from llamactor._opening import Opening
 from llamactor.context import Context
 from llamactor.errors import UnsupportedError
@@ -139,6 +138,7 @@ class Model:
             special: Parse special tokens such as ``<|im_start|>``; otherwise they are plain text.
 
         Raises:
+            TypeError: `text` is no string.
             ValueError: the text is too long, or UTF-8 cannot say it.
         """
         check.check_bool("add_bos", add_bos)
@@ -151,6 +151,10 @@ class Model:
         Args:
             tokens: Ids of this model's vocabulary; at most 16 Mi of them.
             special: Also write out special tokens.
+
+        Raises:
+            TypeError: a token is no integer.
+            ValueError: a token is outside the vocabulary, or there are too many.
         """
         check.check_bool("special", special)
         checked = check.check_tokens("tokens", tokens, self._info.vocab_size, empty=True)
@@ -186,6 +190,9 @@ class Model:
     ) -> Prediction:
         """Start a prediction that continues `prompt`, on its own sequence of the default context.
 
+        It waits for a free sequence if need be. It is cancelled when everybody who waited for it
+        or iterated it is gone; see `Prediction`.
+
         Args:
             prompt: Text, special tokens parsed unless ``special=False``, or token ids; not empty.
             **options: See `GenerationOptions`.
@@ -206,7 +213,7 @@ class Model:
         return start_prediction(self._context.predict, self._native, self, prompt, options)
 
     async def _open_context(self, options: ContextOptions) -> Context:
-        hub = hub_for(asyncio.get_running_loop())
+        hub = hub_for(running_loop("a model"))
         call = self._native.create_context(
             hub.native, options.native(self._info.train_context_size)
         )
@@ -220,7 +227,7 @@ class Model:
         """
         self._closing = True
         if not self._native.closed:
-            hub = hub_for(asyncio.get_running_loop())
+            hub = hub_for(running_loop("a model"))
             await finish(hub, self._native.close(hub.native), cancellable=False)
 
     async def __aenter__(self) -> Model:
@@ -233,7 +240,7 @@ class Model:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close it, as `aclose` does."""
+        """Close it, as `aclose` does; cancelling is as there."""
         await self.aclose()
 
     def __repr__(self) -> str:

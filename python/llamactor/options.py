@@ -220,7 +220,10 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     """Log-probabilities: 0 of the chosen tokens, n also of the n best at each place."""
     logits_processor: LogitsProcessor | None = None
-    """Called as ``f(tokens, logits)`` before sampling; `logits` is writable float32."""
+    """Called as ``f(tokens, logits)`` before a token is drawn, on the sequence's own thread.
+
+    `tokens` are those generated so far, `logits` a writable memoryview of float32, one per id.
+    """
     ignore_eos: bool = False
     """Go on past the end-of-generation tokens."""
     response_prefix: str | None = None
@@ -228,7 +231,7 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
     trim_trailing_whitespace: bool = False
     """Leave white space at the end out of the content."""
     priority: int = 0
-    """Higher goes first."""
+    """Higher goes first, among those who wait for a sequence and in a batch."""
     deadline: float | None = None
     """Seconds from the call after which it fails with `DeadlineExceededError`."""
     overflow: Overflow | None = None
@@ -288,13 +291,13 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     gpu_layers: int | Literal["auto"] = "auto"
     """Layers kept on the device; "auto" is all."""
     devices: Sequence[str] | None = None
-    """Names of the devices to use; None is all of them."""
+    """Names of the devices to use, as `llamactor.devices` says; None is all of them."""
     main_gpu: int = 0
     """The device that holds everything with ``split_mode="none"``."""
     split_mode: Literal["none", "layer", "row"] = "layer"
     """How weights spread over several devices."""
     tensor_split: Sequence[float] | None = None
-    """Share of each device."""
+    """Share of each device, in proportion; None goes by their free memory."""
     use_mmap: bool = True
     """Map the file instead of reading it."""
     use_mlock: bool = False
@@ -304,9 +307,9 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     check_tensors: bool = False
     """Validate the weights while loading."""
     metadata_overrides: Mapping[str, bool | int | float | str] = {}
-    """Replaces metadata of the file by key."""
+    """Replaces metadata of the file by key; keys and texts have at most 127 bytes."""
     lora: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = ()
-    """Adapters: a path, or a path and a scale."""
+    """Adapters, for all contexts: a path, or a path and a scale (1.0)."""
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
@@ -347,11 +350,11 @@ class ContextOptions(msgspec.Struct, frozen=True, kw_only=True):
     sequences: int = 8
     """How many sequences live side by side, 1 to 256."""
     batch_size: int | None = None
-    """Most tokens of one decode call; None leaves it to the planner."""
+    """Most tokens of one decode call; None is `ubatch_size`."""
     ubatch_size: int | None = None
-    """Most tokens evaluated at once, at most `batch_size`."""
+    """Most tokens computed at once, at most `batch_size`; None is 512, or `batch_size` if less."""
     threads: int | None = None
-    """Compute threads for generation; None leaves the loop a core."""
+    """Compute threads for generation; None is the physical cores less one, at least 1."""
     threads_batch: int | None = None
     """Compute threads for prompts; None is `threads`."""
     flash_attention: Literal["auto", "on", "off"] = "auto"

@@ -64,13 +64,13 @@ class PredictionStats(msgspec.Struct, frozen=True):
     total_time: float = 0.0
     """From the call to the end."""
     tokens_per_second: float = 0.0
-    """Generated tokens per second of `decode_time`."""
+    """Generated tokens, but for the first, per second of `decode_time`; 0 with fewer than two."""
     prompt_tokens_per_second: float = 0.0
     """Evaluated prompt tokens per second of `prefill_time`."""
     draft_tokens: int = 0
-    """Tokens a draft proposed."""
+    """Tokens a draft proposed; there are no drafts yet, so 0."""
     accepted_draft_tokens: int = 0
-    """Proposed tokens that were taken."""
+    """Proposed tokens that were taken; 0 likewise."""
     shifted_tokens: int = 0
     """Tokens dropped to make room."""
 
@@ -134,7 +134,7 @@ class PromptProgress(msgspec.Struct, frozen=True, tag=True):
 
 
 class TextDelta(msgspec.Struct, frozen=True, tag=True):
-    """New text."""
+    """New text of a prediction."""
 
     text: str
     """Whole characters."""
@@ -249,7 +249,7 @@ class Prediction:
     Iterate it for text, await it for the result, or both, in any order and by any number of
     readers. It starts at once; iterating replays from the first piece. When everybody who waited
     for it or iterated it is gone, it is cancelled; hold it in ``async with`` to leave an iteration
-    and go on.
+    and go on. One that nobody reads runs to its end, or until its last reference is dropped.
     """
 
     def __init__(self, state: _State) -> None:
@@ -379,7 +379,7 @@ class PredictionIterator(AsyncIterator[T]):
         self._suspended = False
 
     def __aiter__(self) -> PredictionIterator[T]:
-        """Return itself."""
+        """Return itself; never suspends."""
         return self
 
     async def __anext__(self) -> T:
@@ -392,7 +392,7 @@ class PredictionIterator(AsyncIterator[T]):
             RuntimeError: another task waits on this iterator, or this is another event loop.
         """
         state = self._state
-        if asyncio.get_running_loop() is not state.loop:
+        if running_loop("iterating a prediction") is not state.loop:
             check_loop(state.loop, "iterating a prediction")
         if self._suspended:
             raise RuntimeError(

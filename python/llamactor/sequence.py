@@ -41,6 +41,7 @@ class Sequence:
     """One sequence of a context; belongs to the event loop it was opened in.
 
     Predictions and changes on one sequence run one after the other, in the order of the calls.
+    Once it, its context or its model is closed, they raise `ClosedError`.
     """
 
     def __init__(self, native: _core.Sequence, model: _core.Model, owner: object) -> None:
@@ -62,7 +63,7 @@ class Sequence:
 
     @property
     def tokens(self) -> list[int]:
-        """The tokens evaluated in it now."""
+        """The tokens it holds, in order: prompts, and of an answer all but the last token."""
         return self._native.tokens()
 
     @property
@@ -75,7 +76,8 @@ class Sequence:
     ) -> Prediction:
         """Start a prediction that continues `prompt`, reusing the prefix that is evaluated here.
 
-        A second prediction while one runs waits its turn.
+        A second prediction while one runs waits its turn. It is cancelled when everybody who
+        waited for it or iterated it is gone; see `Prediction`.
 
         Args:
             prompt: The whole text, special tokens parsed unless ``special=False``, or token ids;
@@ -94,6 +96,13 @@ class Sequence:
         """Evaluate `prompt` without generating, and return how many tokens had to be evaluated.
 
         Cancelling this stops within one decode call; what is evaluated by then stays and is reused.
+
+        Args:
+            prompt: The whole text that the sequence shall hold, or its token ids; not empty.
+            special: Parse special tokens such as ``<|im_start|>`` in a text.
+
+        Raises:
+            ContextOverflowError: the prompt does not fit into the context.
         """
         checked = native_prompt(prompt, self._model)
         check.check_bool("special", special)
@@ -132,6 +141,9 @@ class Sequence:
         Args:
             ranges: Half-open ``(start, end)`` pairs of positions before the call; they may not
                 overlap.
+
+        Raises:
+            ValueError: a range ends before it starts or beyond the last token, or two overlap.
         """
         checked = _checked_ranges(ranges, self._native.length())
         await self._run(lambda hub: self._native.erase(hub, checked))
@@ -140,6 +152,13 @@ class Sequence:
         """Drop `n_discard` tokens after the first `n_keep` and move the rest down.
 
         Cancelling this leaves the sequence either unchanged or wholly changed.
+
+        Args:
+            n_keep: Tokens at the front that stay.
+            n_discard: Tokens after them that go.
+
+        Raises:
+            ValueError: there are fewer tokens.
         """
         keep = check.check_int("n_keep", n_keep, 0, MAX_INT)
         discard = check.check_int("n_discard", n_discard, 0, MAX_INT)
@@ -159,6 +178,12 @@ class Sequence:
         """Write the evaluated state to a file, with a fingerprint of model and layout.
 
         Cancelling this does not leave half a file: it appears whole or not at all.
+
+        Args:
+            path: The file, which is replaced; its folder must exist.
+
+        Raises:
+            OSError: it cannot be written.
         """
         checked = check.check_path("path", path)
         await self._run(lambda hub: self._native.save(hub, checked))
@@ -166,10 +191,14 @@ class Sequence:
     async def load(self, path: str | os.PathLike[str]) -> None:
         """Replace the evaluated state by a saved one.
 
-        Cancelling this leaves the sequence as it was, loaded, or empty.
+        Cancelling this leaves the sequence either as it was or loaded.
+
+        Args:
+            path: A file that `save` wrote, with the same model and layout of memory.
 
         Raises:
-            StateMismatchError: the file is of another model, layout or adapter.
+            StateMismatchError: the file is of another model, layout or adapter, or damaged.
+            ContextOverflowError: it holds more tokens than there is room for.
             FileNotFoundError: there is no such file.
         """
         checked = check.check_path("path", path)
@@ -178,7 +207,15 @@ class Sequence:
     async def score(self, tokens: Items[int]) -> list[float]:
         """Return the natural log-probability of each of `tokens` after what is evaluated here.
 
-        Cancelling this stops within one decode call.
+        The sequence holds them afterwards. Cancelling this stops within one decode call; what is
+        evaluated by then stays.
+
+        Args:
+            tokens: Ids of the vocabulary, at least one. The first one in an empty sequence has
+                nothing before it that could predict it: NaN.
+
+        Raises:
+            ContextOverflowError: they do not fit into the context.
         """
         checked = check.check_tokens("tokens", tokens, self._model.vocab_size())
         return await self._run(lambda hub: self._native.score(hub, checked))

@@ -784,11 +784,7 @@ impl Decoder {
 
     /// A generator has answered.
     fn drawn(&mut self, slot: Slot, step: Step) {
-        let shared = Arc::clone(&self.shared);
         let Some(running) = self.running(slot) else { return };
-        if !matches!(step, Step::Stop) {
-            shared.usage(slot).predicted.fetch_add(1, Ordering::Relaxed);
-        }
         match step {
             Step::Next(token) => {
                 running.job.tokens.push(token);

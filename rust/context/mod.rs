@@ -175,7 +175,7 @@ fn share(model: Arc<Model>, params: &ContextParams, context: &llama::Context, in
         memory,
     };
     Shared {
-        layout: format!("{:?}/{:?}/{:?}/{}", memory, params.type_k, params.type_v, params.swa_full),
+        layout: layout(params, memory),
         pool: Pool::new(n_sequences),
         stats: Stats::default(),
         views: (0..n_sequences).map(|_| Mutex::default()).collect(),
@@ -187,6 +187,14 @@ fn share(model: Arc<Model>, params: &ContextParams, context: &llama::Context, in
         model: Mutex::new(Some(model)),
         info,
     }
+}
+
+/// Everything that decides what the bytes of a cell mean: kinds and types, streams, and how keys were rotated.
+fn layout(params: &ContextParams, memory: MemoryKind) -> String {
+    let n_streams = if params.kv_unified { 1 } else { params.n_seq_max };
+    let rope = (params.rope_freq_base, params.rope_freq_scale, params.yarn_orig_ctx);
+    let yarn = (params.yarn_ext_factor, params.yarn_attn_factor, params.yarn_beta_fast, params.yarn_beta_slow);
+    format!("{memory:?} {:?} {:?} {} {n_streams} {rope:?} {yarn:?}", params.type_k, params.type_v, params.swa_full)
 }
 
 impl Shared {

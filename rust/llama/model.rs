@@ -199,24 +199,33 @@ impl Model {
         unsafe { sys::llama_model_n_layer(self.as_ptr()) }.max(0) as usize
     }
 
-    /// Attention heads.
+    /// Attention heads; 0 of a vocabulary alone.
     #[must_use]
     pub fn n_head(&self) -> usize {
-        // SAFETY: the model is alive.
+        if self.vocab_only {
+            return 0;
+        }
+        // SAFETY: the model is alive and its layers were read: llama.cpp aborts without them.
         unsafe { sys::llama_model_n_head(self.as_ptr()) }.max(0) as usize
     }
 
-    /// Key and value heads.
+    /// Key and value heads; 0 of a vocabulary alone.
     #[must_use]
     pub fn n_head_kv(&self) -> usize {
-        // SAFETY: the model is alive.
+        if self.vocab_only {
+            return 0;
+        }
+        // SAFETY: the model is alive and its layers were read: llama.cpp aborts without them.
         unsafe { sys::llama_model_n_head_kv(self.as_ptr()) }.max(0) as usize
     }
 
     /// Width of the sliding window in tokens; 0 without one.
     #[must_use]
     pub fn n_swa(&self) -> usize {
-        // SAFETY: the model is alive.
+        if self.vocab_only {
+            return 0;
+        }
+        // SAFETY: the model is alive and its layers were read: llama.cpp aborts without them.
         unsafe { sys::llama_model_n_swa(self.as_ptr()) }.max(0) as usize
     }
 

@@ -36,7 +36,7 @@ impl Model {
         let llama = Arc::new(llama::Model::load(path, params, on_progress)?);
         Ok(Self {
             info: ModelInfo::new(&llama, &header, path),
-            fingerprint: info::fingerprint(&header, params),
+            fingerprint: info::fingerprint(&header, path, params)?,
             eog_tokens: (0..llama.n_vocab() as Token).filter(|&token| llama.is_eog(token)).collect(),
             suppressed_tokens: llama.suppressed_tokens(),
             llama,

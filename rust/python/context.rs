@@ -31,8 +31,8 @@ impl Context {
 #[pymethods]
 impl Context {
     #[getter]
-    fn closed(&self) -> PyResult<bool> {
-        Ok(self.0.get()?.shared().is_closing())
+    fn closed(&self) -> bool {
+        self.0.here().is_none_or(|context| context.shared().is_closing())
     }
 
     fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {

@@ -68,8 +68,8 @@ impl Model {
 #[pymethods]
 impl Model {
     #[getter]
-    fn closed(&self) -> PyResult<bool> {
-        Ok(lock(&self.0.get()?.model).is_none())
+    fn closed(&self) -> bool {
+        self.0.here().is_none_or(|holder| lock(&holder.model).is_none())
     }
 
     fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {

@@ -42,6 +42,11 @@ impl<T> Native<T> {
         Self(Some(value))
     }
 
+    /// The value, or `None` in a forked child, where all is closed.
+    pub fn here(&self) -> Option<&T> {
+        self.0.as_ref().filter(|_| !is_forked())
+    }
+
     /// The value, in the process that made it.
     pub fn get(&self) -> PyResult<&T> {
         require_own_process()?;

@@ -19,15 +19,18 @@ use crate::sequence::Lease;
 
 /// A sequence.
 #[pyclass(frozen, module = "llamactor._core")]
-pub struct Sequence(Native<Lease>);
+pub struct Sequence {
+    lease: Native<Lease>,
+    id: u32,
+}
 
 impl Sequence {
     pub fn new(lease: Lease) -> Self {
-        Self(Native::new(lease))
+        Self { id: lease.slot(), lease: Native::new(lease) }
     }
 
     fn open(&self) -> PyResult<&Lease> {
-        let lease = self.0.get()?;
+        let lease = self.lease.get()?;
         if lease.is_closed() { Err(closed("sequence").into()) } else { Ok(lease) }
     }
 
@@ -45,13 +48,13 @@ impl Sequence {
 #[pymethods]
 impl Sequence {
     #[getter]
-    fn id(&self) -> PyResult<u32> {
-        Ok(self.0.get()?.slot())
+    fn id(&self) -> u32 {
+        self.id
     }
 
     #[getter]
-    fn closed(&self) -> PyResult<bool> {
-        Ok(self.0.get()?.is_closed())
+    fn closed(&self) -> bool {
+        self.lease.here().is_none_or(Lease::is_closed)
     }
 
     fn tokens(&self) -> PyResult<Vec<Token>> {
@@ -65,7 +68,7 @@ impl Sequence {
     }
 
     fn usage(&self) -> PyResult<BTreeMap<&'static str, u64>> {
-        let [prompt, cached, predicted] = self.0.get()?.usage();
+        let [prompt, cached, predicted] = self.lease.get()?.usage();
         Ok(BTreeMap::from([("prompt_tokens", prompt), ("cached_tokens", cached), ("predicted_tokens", predicted)]))
     }
 
@@ -128,7 +131,7 @@ impl Sequence {
 
     fn close(&self) {
         if !is_forked()
-            && let Ok(lease) = self.0.get()
+            && let Ok(lease) = self.lease.get()
         {
             lease.close();
         }

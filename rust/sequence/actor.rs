@@ -327,6 +327,7 @@ impl Actor {
         if generation.is_complete() {
             return self.evaluate_only(holder, generation, tokens, terms, flow);
         }
+        let n_drawn_before = generation.n_drawn;
         let cheap = generation.is_cheap();
         let (along, mut here) =
             if cheap { (Some(generation as Box<dyn Generator>), None) } else { (None, Some(generation)) };
@@ -335,6 +336,8 @@ impl Actor {
         let Some(generation) = here.or(ended.generation) else {
             return finish_early(&*sink, ended.end);
         };
+        let n_drawn = generation.n_drawn - n_drawn_before;
+        self.shared.usage(self.slot).predicted.fetch_add(n_drawn as u64, Ordering::Relaxed);
         match ended.end {
             End::Parked => self.park(Parked { generation, tokens: ended.tokens, terms }),
             end => generation.finish(end),

@@ -114,7 +114,10 @@ fn decode(bytes: &[u8], expected: Fingerprint) -> Result<(Vec<Token>, Vec<u8>), 
         return Err("it was saved by another model, quantisation or LoRA".into());
     }
     if found.layout != expected.layout {
-        return Err("it was saved with another layout (kv_type_k, kv_type_v, swa_full)".into());
+        return Err(
+            "it was saved with another layout (kv_type_k, kv_type_v, swa_full, kv_unified, rope or yarn options)"
+                .into(),
+        );
     }
     split(content)
 }

@@ -157,12 +157,6 @@ async def test_usage_counts_what_this_holder_did(context: Context) -> None:
         await each.aclose()
 
 
-async def test_no_tokens_wanted_evaluates_the_prompt(sequence: Sequence) -> None:
-    result = await soon(sequence.predict(prompt(20), max_tokens=0))
-    assert (result.content, result.tokens, result.stop_reason) == ("", [], "max_tokens")
-    assert sequence.tokens == prompt(20)
-
-
 # --- clear, erase, shift ------------------------------------------------------------------------------
 
 
@@ -545,10 +539,10 @@ async def test_a_state_goes_to_another_sequence_context_and_size(
 ) -> None:
     await sequence.prefill(prompt(150))
     await sequence.save(tmp_path / "state")
-    for size, sequences, unified in ((256, 1, True), (4096, 8, True), (2048, 4, False)):
+    for size, sequences in ((256, 1), (4096, 8), (200, 3)):
         async with (
             tiny_model.create_context(
-                context_size=size, sequences=sequences, kv_unified=unified, threads=1
+                context_size=size, sequences=sequences, threads=1
             ) as other,
             other.sequence() as target,
         ):
@@ -612,6 +606,7 @@ async def test_a_state_of_another_layout_is_refused(tiny_model: Model, state: Pa
     await refused(tiny_model, state, kv_type_k="q8_0")
     await refused(tiny_model, state, kv_type_v="f32")
     await refused(tiny_model, state, rope_freq_base=5000.0)
+    await refused(tiny_model, state, kv_unified=False, sequences=2)
 
 
 async def test_a_state_made_without_the_adapter_is_refused(

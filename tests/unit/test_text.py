@@ -73,7 +73,7 @@ async def watch(
     known = threading.Event()
     predictions: list[llamactor.Prediction] = []
 
-    def look(tokens: list[int], logits: memoryview) -> None:
+    def look(tokens: list[int], logits: Any) -> None:
         assert known.wait(PATIENCE)
         texts.append(predictions[0].text)
         if forced is not None:
