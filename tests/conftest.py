@@ -48,7 +48,7 @@ class Gate:
         self._open = False
         self.arrived = 0
 
-    def __call__(self, tokens: list[int], logits: memoryview) -> None:
+    def __call__(self, tokens: list[int], logits: memoryview[float]) -> None:
         self.arrived += 1
         self._arrivals.release()
         if not self._open and not self._permits.acquire(timeout=PATIENCE):

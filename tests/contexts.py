@@ -72,8 +72,12 @@ async def uncached(model: Model, tokens: Items[int], probe: Items[int] = PROBE) 
 
 
 def distance(scores: Items[float], others: Items[float]) -> float:
-    """Return the greatest difference between two lists of log-probabilities."""
-    return max(abs(one - other) for one, other in zip(scores, others, strict=True))
+    """Return the greatest difference between two lists of log-probabilities.
+
+    A token of 1e-10 or less has many more bits to lose: differences count relative to -10 there.
+    """
+    pairs = zip(scores, others, strict=True)
+    return max(abs(one - other) / max(1.0, -other / 10) for one, other in pairs)
 
 
 async def remembers(sequence: Sequence, tokens: Items[int], model: Model) -> None:

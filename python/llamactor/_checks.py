@@ -20,6 +20,8 @@ MAX_TEXT_BYTES = 16 * 1024 * 1024
 
 MAX_FLOAT = 3.4028234e38
 """The greatest number llama.cpp can hold, which computes in 32 bits."""
+MIN_FLOAT = 1.1754943508222875e-38
+"""The smallest normal float32."""
 
 
 def check_known(names: Iterable[str], known: Collection[str], what: str) -> None:
@@ -70,7 +72,9 @@ def check_float(
         number = math.inf
     if not abs(number) <= MAX_FLOAT:  # not for NaN either
         raise ValueError(f"{name} must be a finite number, not {number}{_tail(hint)}")
-    if number < low or (above and number == low) or (high is not None and number > high):
+    # What is nearer to 0 than a normal float32 counts as 0.
+    too_low = number <= low or number < MIN_FLOAT if above else number < low
+    if too_low or (high is not None and number > high):
         raise ValueError(
             f"{name} must be {_between(low, high, above=above)}, not {value}{_tail(hint)}"
         )

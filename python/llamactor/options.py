@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 Overflow: TypeAlias = Literal["stop_at_limit", "truncate_middle", "rolling_window"]
 Stop: TypeAlias = "str | Sequence[str | Sequence[int]]"
 LogitBias: TypeAlias = "Mapping[int | str, float | Literal['never']]"
-LogitsProcessor: TypeAlias = Callable[[list[int], memoryview], None]
+MAX_BREAKERS = 64
+"""Sequence breakers DRY takes at most."""
+MAX_BREAKER_BYTES = 40
+"""Bytes of a sequence breaker at most."""
+
+LogitsProcessor: TypeAlias = "Callable[[list[int], memoryview[float]], None]"
 TokensFilter: TypeAlias = Callable[[list[int]], list[int]]
 
 SAMPLERS = (
@@ -94,8 +99,21 @@ class Dry(msgspec.Struct, frozen=True):
         _optional_int(
             "dry.last_tokens", self.last_tokens, 1, MAX_INT, "None means the whole context"
         )
-        for i, text in enumerate(check.check_items("dry.breakers", self.breakers)):
-            check.check_text(f"dry.breakers[{i}]", text, empty=False)
+        breakers = check.check_items("dry.breakers", self.breakers)
+        if len(breakers) > MAX_BREAKERS:
+            raise ValueError(
+                f"dry.breakers has {len(breakers)} texts; at most {MAX_BREAKERS} are possible"
+            )
+        for i, text in enumerate(breakers):
+            _check_breaker(f"dry.breakers[{i}]", text)
+
+
+def _check_breaker(name: str, text: object) -> None:
+    size = len(check.check_text(name, text, empty=False).encode())
+    if size > MAX_BREAKER_BYTES or "\0" in str(text):
+        raise ValueError(
+            f"{name} is {text!r}, {size} bytes; at most {MAX_BREAKER_BYTES} without NUL are possible"
+        )
 
 
 class Mirostat(msgspec.Struct, frozen=True):
@@ -222,7 +240,8 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
     logits_processor: LogitsProcessor | None = None
     """Called as ``f(tokens, logits)`` before a token is drawn, on the sequence's own thread.
 
-    `tokens` are those generated so far, `logits` a writable memoryview of float32, one per id.
+    `tokens` are those generated so far: the same list every time, to be copied rather than kept or
+    changed. `logits` is a writable memoryview of float32, one per id.
     """
     ignore_eos: bool = False
     """Go on past the end-of-generation tokens."""

@@ -169,7 +169,6 @@ class _State:
         "hub",
         "ident",
         "loop",
-        "model",
         "native",
         "owner",
         "readers",
@@ -183,11 +182,9 @@ class _State:
         native: _core.Prediction,
         hub: LoopHub,
         loop: asyncio.AbstractEventLoop,
-        model: _core.Model,
         owner: object,
     ) -> None:
         self.native = native
-        self.model = model
         self.hub = hub
         self.loop = loop
         # Whatever the sequence lives in must not be collected, and so closed, under a running
@@ -228,7 +225,7 @@ class _State:
         if self.result is None:
             outcome: dict[str, Any] = self.native.outcome()
             self.error = outcome.pop("error")
-            self.result = _result(outcome, self.error, self.model)
+            self.result = _result(outcome, self.error)
             self.owner = None
             if self.error is not None:
                 _attach_partial(self.error, self.result)
@@ -333,6 +330,8 @@ class Prediction:
 
     def __repr__(self) -> str:
         """Return the state in words."""
+        if finalisers_rest():
+            return f"<Prediction {self._state.ident} of another process>"
         return f"<Prediction {self._state.ident} {'done' if self.done else 'running'}>"
 
     def __del__(self) -> None:
@@ -496,7 +495,7 @@ def start_prediction(
     options = native_options(generation_options(keywords), model)
     checked = native_prompt(prompt, model)
     hub = hub_for(loop)
-    return Prediction(_State(start(hub.native, checked, options), hub, loop, model, owner))
+    return Prediction(_State(start(hub.native, checked, options), hub, loop, owner))
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:
@@ -508,9 +507,7 @@ def _stats(values: dict[str, object]) -> PredictionStats:
     return msgspec.convert(values, PredictionStats)
 
 
-def _result(
-    outcome: dict[str, Any], error: BaseException | None, model: _core.Model
-) -> PredictionResult:
+def _result(outcome: dict[str, Any], error: BaseException | None) -> PredictionResult:
     logprobs, shift = outcome["logprobs"], outcome["context_shift"]
     return PredictionResult(
         content=outcome["content"],

@@ -94,10 +94,11 @@ impl Cells {
         self.len(slot) == 0
     }
 
-    /// Cells that would become free if the sequence were cleared.
+    /// Cells that would become free if the sequence kept only its first `from` tokens.
     #[must_use]
-    pub fn n_private(&self, slot: Slot) -> usize {
-        self.row(slot).cells.iter().filter(|&&cell| self.holders[cell as usize] == 1).count()
+    pub fn n_private_from(&self, slot: Slot, from: usize) -> usize {
+        let cells = &self.row(slot).cells;
+        cells[from.min(cells.len())..].iter().filter(|&&cell| self.holders[cell as usize] == 1).count()
     }
 
     /// Whether any cell at or after `from` belongs to another sequence too.

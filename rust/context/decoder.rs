@@ -119,7 +119,8 @@ impl Decoder {
         let info = &shared.info;
         let n = info.n_sequences;
         let unified = info.n_cells == info.context_size;
-        let can = Capabilities::of(info.memory, unified || n == 1, context.can_shift());
+        let has_window = context.model().n_swa() > 0;
+        let can = Capabilities::of(info.memory, unified || n == 1, context.can_shift(), has_window);
         Self {
             can,
             cells: Cells::new(n, info.n_cells, info.context_size),
@@ -375,15 +376,41 @@ impl Decoder {
             self.end(slot, End::Failed(overflow(n_tokens, limit)));
             return true;
         }
-        self.apply_reuse(slot);
-        let needed = n_tokens - self.cells.len(slot) + self.reserved_by_others(slot) + self.headroom(slot);
-        self.free_cells(slot, needed);
         let others = self.slots(|running| running.state != State::Waiting).count();
-        if self.cells.n_free() < needed && others > 0 {
-            return false;
+        loop {
+            let reuse = self.plan_reuse(slot);
+            if self.has_room(slot, reuse) || (others == 0 && self.evictable(slot).next().is_none()) {
+                self.apply_reuse(slot, reuse);
+                self.admit_now(slot);
+                return true;
+            }
+            // What is evicted may be what would have been shared: plan again.
+            if !self.could_have_room(slot) || !self.evict_one(slot) {
+                return false;
+            }
         }
-        self.admit_now(slot);
-        true
+    }
+
+    /// Whether the tokens that `reuse` leaves to evaluate fit, beside what others have reserved.
+    fn has_room(&self, slot: Slot, reuse: Reuse) -> bool {
+        let Some(running) = self.sequences[slot as usize].running.as_ref() else { return true };
+        let missing = running.job.tokens.len() - reuse.n_cached();
+        // Its own cells beyond what it keeps become free.
+        let kept = match reuse {
+            Reuse::Own(n) | Reuse::Checkpoint(n) => n,
+            Reuse::Share { .. } => 0,
+        };
+        let returned = self.cells.n_private_from(slot, kept);
+        self.cells.n_free() + returned >= missing + self.reserved_by_others(slot) + self.headroom(slot)
+    }
+
+    /// Whether clearing everything that can be cleared would make room.
+    fn could_have_room(&self, slot: Slot) -> bool {
+        let Some(running) = self.sequences[slot as usize].running.as_ref() else { return true };
+        let held: usize = self.evictable(slot).map(|other| self.cells.len(other)).sum();
+        let most = self.cells.n_free() + held + self.cells.len(slot);
+        let others = self.slots(|running| running.state != State::Waiting).count();
+        others == 0 || most >= running.job.tokens.len() + self.reserved_by_others(slot) + self.headroom(slot)
     }
 
     fn admit_now(&mut self, slot: Slot) {
@@ -430,9 +457,10 @@ impl Decoder {
 
     // ---- the cache ----------------------------------------------------------------------------------------------
 
-    /// Makes the longest usable prefix of the job's tokens the content of its sequence.
-    fn apply_reuse(&mut self, slot: Slot) {
-        let Some(running) = self.sequences[slot as usize].running.as_ref() else { return };
+    /// The longest usable prefix of the job's tokens, wherever it is.
+    fn plan_reuse(&self, slot: Slot) -> Reuse {
+        let sequence = &self.sequences[slot as usize];
+        let Some(running) = sequence.running.as_ref() else { return Reuse::Own(0) };
         let wanted = &running.job.tokens;
         let limit = match running.job.goal {
             _ if running.job.alone => 0,
@@ -441,11 +469,13 @@ impl Decoder {
             Goal::Generate(_) => wanted.len() - 1,
             Goal::Score(from) => from.saturating_sub(1),
         };
-        let sequence = &self.sequences[slot as usize];
         let lengths: Vec<usize> = sequence.checkpoints.iter().map(|checkpoint| checkpoint.length).collect();
         let same_holder = sequence.holder == running.job.holder;
-        let usable = &wanted[..limit.min(wanted.len())];
-        let reuse = plan_reuse(&self.cells, slot, usable, same_holder, self.can, &lengths);
+        plan_reuse(&self.cells, slot, &wanted[..limit.min(wanted.len())], same_holder, self.can, &lengths)
+    }
+
+    /// Makes that prefix the content of the job's sequence.
+    fn apply_reuse(&mut self, slot: Slot, reuse: Reuse) {
         self.take_over(slot);
         match reuse {
             Reuse::Own(n) => self.truncate(slot, n),
@@ -535,15 +565,18 @@ impl Decoder {
             (sequence.running.is_some(), !self.shared.pool.is_free(slot), sequence.last_used)
         });
         let Some(slot) = oldest else { return false };
-        if self.sequences[slot as usize].running.is_none() {
-            self.sequences[slot as usize].lost = self.cells.tokens(slot).to_vec();
-        }
-        self.truncate(slot, 0);
+        self.lose(slot);
         match self.running(slot) {
             Some(_) => self.shared.stats.preemptions(1),
             None => self.shared.stats.evictions(1),
         }
         true
+    }
+
+    /// Takes a sequence's cells; it goes on to stand for their tokens.
+    fn lose(&mut self, slot: Slot) {
+        self.sequences[slot as usize].lost = self.cells.tokens(slot).to_vec();
+        self.truncate(slot, 0);
     }
 
     /// No token of any job has a cell: evict an idle prefix, else let the newest of the lowest priority wait.
@@ -563,7 +596,7 @@ impl Decoder {
 
     /// Takes a job's cells; it is evaluated again when there is room, and its output goes on unbroken.
     fn preempt(&mut self, slot: Slot) {
-        self.truncate(slot, 0);
+        self.lose(slot);
         if let Some(running) = self.running(slot) {
             running.state = State::Waiting;
             running.scores.clear();
@@ -647,7 +680,8 @@ impl Decoder {
         let only_decoding = self.work.iter().all(|work| work.phase == Phase::Decode && !work.alone);
         let ready = if only_decoding { self.work.len() } else { 0 };
         Limits {
-            batch: self.context.n_batch() as u32,
+            // One micro-batch at a time: a cancel waits for no more, whoever else is in it.
+            batch: self.context.n_batch().min(self.shared.info.ubatch_size) as u32,
             ubatch: self.shared.info.ubatch_size as u32,
             prefill_beside_decode: PREFILL_BESIDE_DECODE.min(self.shared.info.ubatch_size as u32),
             outputs: self.context.n_outputs_max() as u32,
@@ -930,8 +964,8 @@ impl Decoder {
             return MemoryReply::Done;
         }
         let tokens = self.cells.tokens(from).to_vec();
-        let fits = self.cells.n_free() >= n;
-        let copied = fits
+        let copied = self.can.restore
+            && self.cells.n_free() >= n
             && self
                 .context
                 .sequence_state(from, false)
@@ -950,10 +984,11 @@ impl Decoder {
         if tokens.len() > limit {
             return Err(overflow(tokens.len(), limit));
         }
-        self.free_cells(slot, tokens.len().saturating_sub(self.cells.n_private(slot)));
-        let room = self.cells.n_free() + self.cells.n_private(slot);
-        if tokens.len() > room {
-            return Err(overflow(tokens.len(), room));
+        let returned = self.cells.n_private_from(slot, 0);
+        self.free_cells(slot, tokens.len().saturating_sub(returned));
+        if !self.can.restore || tokens.len() > self.cells.n_free() + returned {
+            // Evaluated instead, for which it waits its turn.
+            return Ok(MemoryReply::Reevaluate(tokens.to_vec()));
         }
         let before = (self.cells.tokens(slot).to_vec(), self.context.sequence_state(slot, false)?);
         self.truncate(slot, 0);

@@ -53,20 +53,25 @@ pub struct Capabilities {
     pub shift: bool,
     /// A state that cannot be rolled back is saved after each prompt, so that the prompt's prefix can be reused.
     pub checkpoints: bool,
+    /// A state that was put back is complete. llama.cpp leaves out what a window no longer sees, also where the cache
+    /// has room for it, so that a shorter prefix could not be used any more.
+    pub restore: bool,
     /// A cell belongs to a token, so that the context's size bounds all sequences together.
     pub cells: bool,
 }
 
 impl Capabilities {
-    /// The table. `unified`: all sequences share one pool of cells; `can_shift`: what llama.cpp says of this cache.
+    /// The table. `unified`: all sequences share one pool of cells; `can_shift`: what llama.cpp says of this cache;
+    /// `has_window`: some layers attend to a window only.
     #[must_use]
-    pub fn of(kind: MemoryKind, unified: bool, can_shift: bool) -> Self {
+    pub fn of(kind: MemoryKind, unified: bool, can_shift: bool, has_window: bool) -> Self {
         let attention = kind == MemoryKind::Attention;
         Self {
             remove_tail: attention,
             share_prefix: attention && unified,
             shift: attention && can_shift,
             checkpoints: !attention,
+            restore: !(attention && has_window),
             cells: unified && kind != MemoryKind::Recurrent,
         }
     }
@@ -78,19 +83,19 @@ mod tests {
 
     #[test]
     fn plain_attention_can_do_everything_in_one_pool() {
-        let can = Capabilities::of(MemoryKind::Attention, true, true);
+        let can = Capabilities::of(MemoryKind::Attention, true, true, false);
         assert!(can.remove_tail && can.share_prefix && can.shift && can.cells && !can.checkpoints);
     }
 
     #[test]
     fn split_caches_share_no_prefix() {
-        assert!(!Capabilities::of(MemoryKind::Attention, false, true).share_prefix);
+        assert!(!Capabilities::of(MemoryKind::Attention, false, true, false).share_prefix);
     }
 
     #[test]
     fn states_that_cannot_be_rolled_back_have_checkpoints() {
         for kind in [MemoryKind::Recurrent, MemoryKind::Hybrid, MemoryKind::SlidingWindow] {
-            let can = Capabilities::of(kind, true, false);
+            let can = Capabilities::of(kind, true, false, true);
             assert!(can.checkpoints && !can.remove_tail && !can.share_prefix && !can.shift);
         }
     }

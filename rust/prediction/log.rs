@@ -100,8 +100,9 @@ impl Log {
             return;
         }
         let n_read = self.readers.iter().flatten().map(|reader| reader.notes).max().unwrap_or(0);
-        if n_read < self.notes.len() {
-            // Nobody has seen the last one: the newer one replaces it.
+        // Where nobody has seen the last one, the newer one replaces it.
+        let unseen = n_read < self.notes.len();
+        if unseen && matches!(self.notes.last(), Some(Note { event: Event::Prompt { .. }, .. })) {
             self.notes.pop();
         }
         self.note(Event::Prompt { processed, cached, total });
@@ -222,10 +223,17 @@ impl Log {
             reader.waiting = false;
             return Some(Event::Text(self.text[start..end].to_owned(), self.tokens[first..].to_vec()));
         }
-        let event = next?.event.clone();
-        reader.notes += 1;
-        reader.waiting = false;
-        Some(event)
+        if let Some(note) = next {
+            let event = note.event.clone();
+            reader.notes += 1;
+            reader.waiting = false;
+            return Some(event);
+        }
+        // At the end, tokens that brought no text: a stop's, or control tokens.
+        let silent = self.outcome.is_some() && reader.tokens < n_tokens;
+        silent.then(|| {
+            Event::Text(String::new(), self.tokens[std::mem::replace(&mut reader.tokens, n_tokens)..].to_vec())
+        })
     }
 
     /// Whether there is something to read already.

@@ -90,7 +90,7 @@ impl PredictOptions {
             None => SamplerKind::DEFAULT_ORDER.to_vec(),
         };
         let sampler = SamplerSpec {
-            temperature: self.temperature,
+            temperature: normal(self.temperature),
             top_k: self.top_k,
             top_p: self.top_p,
             min_p: self.min_p,
@@ -98,7 +98,7 @@ impl PredictOptions {
             top_n_sigma: self.top_n_sigma,
             xtc: self.xtc.map(|(probability, threshold)| Xtc { probability, threshold }),
             dry: self.dry.map(|(multiplier, base, allowed_length, last_tokens, breakers)| Dry {
-                multiplier,
+                multiplier: normal(multiplier),
                 base,
                 allowed_length,
                 last_tokens,
@@ -129,6 +129,11 @@ impl PredictOptions {
         };
         Ok((request, terms))
     }
+}
+
+/// What is too small for a normal number counts as 0, as it does for the caller.
+fn normal(number: f32) -> f32 {
+    if number.is_subnormal() { 0.0 } else { number }
 }
 
 fn text_options(stop: Vec<TextOrTokens>, trim_trailing_whitespace: bool, batching: Option<(u32, f64)>) -> TextOptions {

@@ -42,8 +42,8 @@ impl Prediction {
     }
 
     #[getter]
-    fn done(&self) -> bool {
-        self.native.here().is_none_or(|native| native.is_done())
+    fn done(&self) -> PyResult<bool> {
+        Ok(self.native.get()?.is_done())
     }
 
     fn cancel(&self) -> PyResult<()> {

@@ -237,7 +237,9 @@ impl Actor {
     /// Tokenises the prompt and builds what the generation needs.
     fn prepare(&self, request: Request, sink: &Arc<dyn Sink>) -> Result<(Box<Generation>, Vec<Token>)> {
         let mut tokens = self.tokenize(&request.prompt, request.response_prefix.as_deref())?;
-        self.fit(&mut tokens, &request)?;
+        if let Some((start, n_dropped)) = self.fit(&mut tokens, &request)? {
+            sink.shifted(start, n_dropped);
+        }
         let model = self.shared.model()?;
         let needs_clock = request.text.batching.is_some();
         let ignore_eos = request.sampler.ignore_eos;
@@ -297,11 +299,11 @@ impl Actor {
         }
     }
 
-    /// Cuts a prompt that is too long, where the caller allows it.
-    fn fit(&self, tokens: &mut Vec<Token>, request: &Request) -> Result<()> {
+    /// Cuts a prompt that is too long, where the caller allows it; says after how many tokens how many went.
+    fn fit(&self, tokens: &mut Vec<Token>, request: &Request) -> Result<Option<(usize, usize)>> {
         let limit = self.shared.info.context_size;
         if tokens.len() <= limit {
-            return Ok(());
+            return Ok(None);
         }
         let reserve = (limit / ANSWER_PARTS).min(request.max_tokens.unwrap_or(usize::MAX)).max(1);
         let room = limit.saturating_sub(reserve).max(1);
@@ -315,7 +317,7 @@ impl Actor {
                 let dropped = tokens.len() - room;
                 let start = if overflow == Overflow::RollingWindow { 1.min(room - 1) } else { room / 2 };
                 tokens.drain(start..start + dropped);
-                Ok(())
+                Ok(Some((start, dropped)))
             }
         }
     }
@@ -527,7 +529,10 @@ impl Actor {
 
     fn load(&self, holder: Holder, path: &std::path::Path) -> Result<()> {
         let (tokens, bytes) = state::read(path, self.fingerprint()?)?;
-        self.change(holder, || MemoryOp::Restore(tokens.clone(), bytes.clone())).map(drop)
+        match self.change(holder, || MemoryOp::Restore(tokens.clone(), bytes.clone()))? {
+            MemoryReply::Reevaluate(tokens) => self.run_job(holder, tokens, Goal::Evaluate, Arc::default()).map(drop),
+            _ => Ok(()),
+        }
     }
 
     /// Changes the sequence's memory; what it lost to others is evaluated again first.

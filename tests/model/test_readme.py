@@ -32,7 +32,7 @@ EXAMPLES = blocks("python")
 @cache
 def output_of(number: int) -> str:
     """What example `number` prints in an interpreter of its own, where a warning is an error."""
-    command = [sys.executable, "-X", "dev", "-W", "error", "-c", EXAMPLES[number - 1]]
+    command = [sys.executable, "-W", "error", "-c", EXAMPLES[number - 1]]
     done = subprocess.run(
         command, capture_output=True, check=False, cwd=ROOT, text=True, timeout=PATIENCE
     )

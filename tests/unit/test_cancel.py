@@ -56,7 +56,7 @@ class Case:
     @contextlib.asynccontextmanager
     async def open(cls, path: Path, **options: Any) -> AsyncIterator[Case]:
         async with llamactor.load_model(path, context_size=64, sequences=1, threads=1) as model:
-            options = {"context_size": 4096, "sequences": 2, "threads": 1} | options
+            options = {"context_size": 4096, "sequences": 1, "threads": 1} | options
             async with model.create_context(**options) as context:
                 sequence = await context.sequence()
                 yield cls(model, context, sequence, None)
@@ -236,7 +236,7 @@ async def test_micro_batches_before_the_interrupted_one_stay(
 
 async def test_others_in_the_batch_are_not_interrupted(heavy_model_path: Path) -> None:
     async with (
-        Case.open(heavy_model_path, ubatch_size=UBATCH) as case,
+        Case.open(heavy_model_path, sequences=2, ubatch_size=UBATCH) as case,
         case.context.sequence() as other,
     ):
         companion = other.predict(prompt(10, 1), max_tokens=60)
@@ -258,7 +258,7 @@ async def test_others_in_the_batch_are_not_interrupted(heavy_model_path: Path) -
 async def test_a_wide_batch_with_others_does_not_hold_a_cancel_up(heavy_model_path: Path) -> None:
     """A call that is not interrupted must not be longer than a micro-batch."""
     async with (
-        Case.open(heavy_model_path, batch_size=2048, ubatch_size=UBATCH) as case,
+        Case.open(heavy_model_path, sequences=2, batch_size=2048, ubatch_size=UBATCH) as case,
         case.context.sequence() as other,
     ):
         companion = other.predict(prompt(40, 1), max_tokens=1)
@@ -305,6 +305,20 @@ async def test_what_waits_behind_others_is_never_evaluated(
         await soon(case.sequence.erase([]))
         assert case.context.stats.evaluated_tokens == 11
         assert len(case.sequence.tokens) == 11
+
+
+async def test_a_cancel_in_the_queue_of_a_sequence_ends_at_once(
+    tiny_model_path: Path, gate: Gate
+) -> None:
+    async with Case.open(tiny_model_path) as case:
+        running = case.sequence.predict(prompt(10), logits_processor=gate, max_tokens=2)
+        await gate.reached()
+        behind = case.sequence.predict(prompt(500, 1))
+        behind.cancel()
+        assert (await soon(behind)).stop_reason == "cancelled"
+        assert not running.done
+        gate.open()
+        await soon(running)
 
 
 async def test_progress_is_told_until_the_cancel(heavy_model_path: Path) -> None:

@@ -290,7 +290,8 @@ async def test_the_model_goes_on_from_the_prefix(says: Says, as_tokens: bool) ->
 async def test_the_prefix_is_streamed_first(says: Says) -> None:
     model = await says("a", "b")
     prediction = model.complete(PROMPT, response_prefix="Well: ")
-    assert (await anext(aiter(prediction))).startswith("Well: ")
+    reader = aiter(prediction)
+    assert (await anext(reader)).startswith("Well: ")
     deltas = [event async for event in prediction.events() if isinstance(event, TextDelta)]
     assert "".join(delta.text for delta in deltas) == "Well: ab"
     assert [token for delta in deltas for token in delta.tokens] == byte_tokens("ab")
