@@ -9,6 +9,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+import anyio
 import msgspec
 
 import llamactor
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        return asyncio.run(_complete(options))
+        return anyio.run(_complete, options)
     except BrokenPipeError:
         # The reader went away; keep the interpreter's own flush at exit from failing too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Unpack
 
-import anyio.to_thread
 import msgspec
 
 from llamactor import _checks as check
@@ -261,7 +260,7 @@ class _Load:
     async def _load(
         self, options: LoadOptions, context_options: ContextOptions
     ) -> tuple[_core.Model, _core.Context | None]:
-        path = await anyio.to_thread.run_sync(resolve_ref, self.ref, abandon_on_cancel=True)
+        path = await asyncio.to_thread(resolve_ref, self.ref)
         native = await self._step(
             "weights", _core.load_model(self._hub.native, path, options.native())
         )

@@ -704,7 +704,7 @@ def _adapter(index: int, item: object) -> tuple[str, float]:
 
 
 _RULES: dict[str, Callable[[str, Any], object]] = {
-    "max_tokens": _integer(1, hint="None means no limit; prefill() evaluates a prompt only"),
+    "max_tokens": _integer(0, hint="None means no limit"),
     "stop": _check_stop,
     "temperature": _real(0, hint="0 is greedy"),
     "deterministic": check.check_bool,

@@ -13,7 +13,6 @@ is read before the reader really runs again, so a cancelled `anext` or `await` l
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import warnings
@@ -27,6 +26,7 @@ from llamactor.errors import ClosedError, LlamactorError
 from llamactor.options import generation_options, native_options, native_prompt
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Generator, Mapping, Sequence
     from types import TracebackType
 

@@ -22,7 +22,7 @@ pub const MIN_CHUNK: u32 = 64;
 pub const PATIENCE: u32 = 32;
 
 /// The most plans a waiting work goes without a token, with `n_slots` sequences, as long as every
-/// plan has a free cell (and, for `alone` works, free cells for a whole chunk).
+/// plan has a free cell (`alone` works need none).
 #[must_use]
 pub const fn longest_wait(n_slots: u32) -> u32 {
     PATIENCE + 2 * n_slots
@@ -119,8 +119,7 @@ impl Planner {
 
     /// Fills `takes`, in ascending order of slots, with what the next decode call evaluates.
     ///
-    /// `takes` stays empty only without work, without a free cell, or when nothing but `alone` works
-    /// wait and none of their chunks fits `limits.cells` (a smaller chunk would not repeat bit for bit).
+    /// `takes` stays empty only without work or, for works that are not `alone`, without a free cell.
     pub fn plan(&mut self, work: &[Work], limits: &Limits, takes: &mut Vec<Take>) {
         takes.clear();
         self.tick += 1;
@@ -237,8 +236,7 @@ impl Work {
     }
 
     fn can_go(&self, limits: &Limits) -> bool {
-        let needed = if self.alone { self.chunk_alone(limits) } else { 1 };
-        self.n_tokens > 0 && needed <= limits.cells
+        self.n_tokens > 0 && (self.alone || limits.cells > 0)
     }
 
     /// The next fixed chunk; free cells must not change it.
@@ -473,11 +471,10 @@ mod tests {
     }
 
     #[test]
-    fn an_alone_chunk_is_whole_or_waits() {
+    fn an_alone_chunk_is_whole_and_needs_none_of_the_shared_cells() {
         let alone = Work { alone: true, ..prompt(0, 2000) };
-        let limits = Limits { cells: 511, ..LIMITS };
-        assert_eq!(first_plan(&[alone], &limits), []);
-        assert_eq!(first_plan(&[alone, decode(1)], &limits), [(1, 1)]);
+        let limits = Limits { cells: 0, ..LIMITS };
+        assert_eq!(first_plan(&[alone, decode(1)], &limits), [(0, 512)]);
     }
 
     #[test]
@@ -669,15 +666,16 @@ mod tests {
         assert!(takes.is_sorted_by(|a, b| a.slot < b.slot), "ascending, nobody twice");
         let of = |take: &Take| *work.iter().find(|work| work.slot == take.slot).expect("waiting");
         let tokens: u32 = takes.iter().map(|take| take.n_tokens).sum();
-        assert!(tokens <= limits.batch.min(limits.cells));
+        let alone = takes.iter().any(|take| of(take).alone);
+        assert!(tokens <= limits.batch && (alone || tokens <= limits.cells));
         assert!(takes.iter().all(|take| (1..=of(take).n_tokens).contains(&take.n_tokens)));
         assert!(takes.iter().map(|take| rows(&of(take), take)).sum::<u32>() <= limits.outputs);
-        if takes.iter().any(|take| of(take).alone) {
+        if alone {
             assert_eq!(takes.len(), 1, "alone is never mixed");
             assert_eq!(tokens, of(&takes[0]).chunk_alone(&limits), "chunks are fixed");
         }
         check_shares(work, takes, &limits);
-        let could = work.iter().any(|work| if work.alone { limits.cells >= limits.ubatch } else { limits.cells > 0 });
+        let could = work.iter().any(|work| work.alone || limits.cells > 0);
         assert!(!could || !takes.is_empty(), "somebody is served");
     }
 

@@ -24,7 +24,7 @@ use super::cost::CostModel;
 use super::job::{End, Generator, Goal, Holder, Job, MemoryOp, MemoryReply, Message, Overflow, Reply, Step};
 use super::memory::Capabilities;
 use crate::error::{Error, Result, closed};
-use crate::llama::{Batch, CancelFlags, Context, Decoded, Token};
+use crate::llama::{Batch, CancelFlags, Context, ContextParams, Decoded, Token};
 
 /// Deep graphs and regular expressions inside llama.cpp recurse.
 pub const STACK_BYTES: usize = 16 * 1024 * 1024;
@@ -85,9 +85,20 @@ struct Sequence {
     checkpoints: Vec<Checkpoint>,
 }
 
+/// A context of one sequence for jobs that must repeat bit for bit: attention adds in the order of the cells, and
+/// in the shared cache their places depend on everybody. Made for the first such job.
+struct Private {
+    context: Context,
+    /// Whose job it works on.
+    slot: Option<Slot>,
+    n_evaluated: usize,
+}
+
 pub struct Decoder {
     shared: Arc<Shared>,
     context: Context,
+    private: Option<Private>,
+    params: ContextParams,
     messages: Receiver<Message>,
     can: Capabilities,
     cells: Cells,
@@ -115,7 +126,7 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    pub fn new(shared: Arc<Shared>, context: Context, messages: Receiver<Message>) -> Self {
+    pub fn new(shared: Arc<Shared>, context: Context, params: ContextParams, messages: Receiver<Message>) -> Self {
         let info = &shared.info;
         let n = info.n_sequences;
         let unified = info.n_cells == info.context_size;
@@ -144,6 +155,8 @@ impl Decoder {
             clock: 0,
             shared,
             context,
+            private: None,
+            params,
             messages,
         }
     }
@@ -246,7 +259,7 @@ impl Decoder {
             };
             [running.job.deadline, park].into_iter().flatten()
         });
-        alarms.chain(self.shared.pool.next_deadline()).min()
+        alarms.chain(self.shared.pool.next_deadline()).chain(self.shared.alarms.next()).min()
     }
 
     fn any(&self, test: impl Fn(&Running) -> bool) -> bool {
@@ -292,10 +305,12 @@ impl Decoder {
 
     /// Ends jobs that were cancelled or are late, wakes paused ones, parks those that block others.
     fn settle(&mut self) {
-        let needs_clock = self.shared.pool.n_waiting() > 0 || self.any(|running| running.job.deadline.is_some());
+        let others_wait = self.shared.pool.n_waiting() > 0 || self.shared.alarms.next().is_some();
+        let needs_clock = others_wait || self.any(|running| running.job.deadline.is_some());
         let now = needs_clock.then(Instant::now);
         if let Some(now) = now {
             self.shared.pool.expire(now);
+            self.shared.alarms.ring(now);
         }
         for slot in 0..self.sequences.len() as Slot {
             if let Some(end) = self.verdict(slot, now) {
@@ -326,6 +341,7 @@ impl Decoder {
     /// Takes the job off its sequence and tells the sequence's thread. What was evaluated stays in the cache.
     fn end(&mut self, slot: Slot, end: End) {
         let Some(running) = self.sequences[slot as usize].running.take() else { return };
+        self.leave_private(slot, &running);
         self.clock += 1;
         self.blocked = false;
         self.sequences[slot as usize].last_used = self.clock;
@@ -356,7 +372,8 @@ impl Decoder {
     }
 
     fn next_waiting(&self) -> Option<Slot> {
-        self.slots(|running| running.state == State::Waiting)
+        let private_is_free = self.private.as_ref().is_none_or(|private| private.slot.is_none());
+        self.slots(|running| running.state == State::Waiting && (private_is_free || !running.job.alone))
             .min_by_key(|&(_, running)| (std::cmp::Reverse(running.job.priority), running.order))
             .map(|(slot, _)| slot)
     }
@@ -369,11 +386,17 @@ impl Decoder {
 
     /// Reserves cells for a job's prompt and prepares its cache. False when it must wait for others to end.
     fn try_admit(&mut self, slot: Slot) -> bool {
-        let Some(running) = self.running(slot) else { return true };
-        let n_tokens = running.job.tokens.len();
+        let Some(running) = self.sequences[slot as usize].running.as_ref() else { return true };
+        let (n_tokens, alone) = (running.job.tokens.len(), running.job.alone);
         let limit = self.cells.per_slot();
         if n_tokens > limit {
             self.end(slot, End::Failed(overflow(n_tokens, limit)));
+            return true;
+        }
+        if alone {
+            if let Err(error) = self.enter_private(slot) {
+                self.end(slot, End::Failed(error));
+            }
             return true;
         }
         let others = self.slots(|running| running.state != State::Waiting).count();
@@ -413,6 +436,46 @@ impl Decoder {
         others == 0 || most >= running.job.tokens.len() + self.reserved_by_others(slot) + self.headroom(slot)
     }
 
+    /// Prepares the private context for a job.
+    fn enter_private(&mut self, slot: Slot) -> Result<()> {
+        let limit = self.cells.per_slot();
+        if self.private.is_none() {
+            let params = ContextParams { n_seq_max: 1, n_ctx: limit as u32, ..self.params.clone() };
+            let context = Context::new(Arc::clone(self.context.model()), &params)?;
+            self.private = Some(Private { context, slot: None, n_evaluated: 0 });
+        }
+        if let Some(private) = &mut self.private {
+            private.context.remove_from(0, 0);
+            private.slot = Some(slot);
+            private.n_evaluated = 0;
+        }
+        self.take_over(slot);
+        self.truncate(slot, 0);
+        self.admit_now(slot);
+        Ok(())
+    }
+
+    /// The sequence goes on to stand for what its private job evaluated, which has no cells in the shared cache.
+    fn leave_private(&mut self, slot: Slot, running: &Running) {
+        if let Some(private) = self.private.as_mut().filter(|private| private.slot == Some(slot)) {
+            private.slot = None;
+            self.sequences[slot as usize].lost = running.job.tokens[..private.n_evaluated].to_vec();
+            self.shared.stand_for(slot, running.job.holder, &running.job.tokens[..private.n_evaluated]);
+        }
+    }
+
+    /// Tokens of the job that are evaluated, wherever it runs.
+    fn n_evaluated(&self, slot: Slot) -> usize {
+        match &self.private {
+            Some(private) if private.slot == Some(slot) => private.n_evaluated,
+            _ => self.cells.len(slot),
+        }
+    }
+
+    fn is_private(&self, slot: Slot) -> bool {
+        self.private.as_ref().is_some_and(|private| private.slot == Some(slot))
+    }
+
     fn admit_now(&mut self, slot: Slot) {
         let n_cached = self.cells.len(slot);
         let Some(running) = self.running(slot) else { return };
@@ -449,7 +512,7 @@ impl Decoder {
 
     /// Cells that admitted prompts have yet to fill.
     fn reserved_by_others(&self, slot: Slot) -> usize {
-        self.slots(|running| running.state != State::Waiting)
+        self.slots(|running| running.state != State::Waiting && !running.job.alone)
             .filter(|&(other, _)| other != slot)
             .map(|(other, running)| running.job.tokens.len().saturating_sub(self.cells.len(other)))
             .sum()
@@ -584,7 +647,7 @@ impl Decoder {
         if self.evict_one(Slot::MAX) {
             return;
         }
-        let evaluating = || self.slots(|running| running.state == State::Evaluating);
+        let evaluating = || self.slots(|running| running.state == State::Evaluating && !running.job.alone);
         let newest = evaluating().min_by_key(|&(_, running)| (running.job.priority, std::cmp::Reverse(running.order)));
         let Some((slot, _)) = newest else { return };
         if evaluating().count() > 1 || self.any(|running| matches!(running.state, State::Drawing(_))) {
@@ -621,10 +684,11 @@ impl Decoder {
             if running.state != State::Evaluating {
                 continue;
             }
-            let missing = running.job.tokens.len() - self.cells.len(slot);
+            let missing = running.job.tokens.len() - self.n_evaluated(slot);
             let prefilling = missing > 1 || running.job.tokens.len() == running.n_prompt;
             // The state before the last token is saved: the same prompt can begin there again.
-            let n_tokens = if self.can.checkpoints && missing > 1 { missing - 1 } else { missing };
+            let splits = self.can.checkpoints && missing > 1 && !running.job.alone;
+            let n_tokens = if splits { missing - 1 } else { missing };
             self.work.push(Work {
                 slot,
                 phase: if prefilling { Phase::Prefill } else { Phase::Decode },
@@ -641,7 +705,7 @@ impl Decoder {
         let Some(running) = self.sequences[slot as usize].running.as_ref() else { return false };
         running.state == State::Evaluating
             && running.job.tokens.len() > self.cells.per_slot()
-            && self.cells.len(slot) == self.cells.per_slot()
+            && self.n_evaluated(slot) == self.cells.per_slot()
     }
 
     /// The sequence holds as much as it may and wants one token more.
@@ -665,6 +729,9 @@ impl Decoder {
     /// are evaluated again.
     fn close_gap(&mut self, slot: Slot, start: usize, n: usize) {
         let end = start + n;
+        if let Some(private) = self.private.as_mut().filter(|private| private.slot == Some(slot)) {
+            return private.close_gap(start, n, self.can.shift);
+        }
         let movable = self.can.shift && !self.cells.is_shared_from(slot, end);
         if movable && self.context.remove(slot, start, Some(end)) {
             self.context.move_down(slot, end, n);
@@ -693,7 +760,9 @@ impl Decoder {
     fn decode(&mut self) {
         self.fill_batch();
         let started = Instant::now();
-        let outcome = self.context.decode(&mut self.batch, &self.cancel);
+        let private = self.private.as_mut().filter(|private| private.slot == self.takes.first().map(|take| take.slot));
+        let context = private.map_or(&mut self.context, |private| &mut private.context);
+        let outcome = context.decode(&mut self.batch, &self.cancel);
         let elapsed = started.elapsed();
         self.last_step = started + elapsed;
         self.shared.stats.decode_nanoseconds(elapsed.as_nanos() as u64);
@@ -715,8 +784,9 @@ impl Decoder {
         for take in &self.takes {
             let Some(running) = self.sequences[take.slot as usize].running.as_ref() else { continue };
             self.cancel.push(Arc::clone(running.job.flow.cancel_flag()));
-            let start = self.cells.len(take.slot);
+            let start = self.n_evaluated(take.slot);
             let end = start + take.n_tokens as usize;
+            let sequence = if self.is_private(take.slot) { 0 } else { take.slot };
             let wants_row = end == running.job.tokens.len() && matches!(running.job.goal, Goal::Generate(_));
             let scores_from = match running.job.goal {
                 Goal::Score(from) => from.saturating_sub(1),
@@ -725,7 +795,7 @@ impl Decoder {
             let mut last = None;
             for position in start..end {
                 let output = (wants_row && position + 1 == end) || position >= scores_from;
-                last = self.batch.push(running.job.tokens[position], position, take.slot, output);
+                last = self.batch.push(running.job.tokens[position], position, sequence, output);
             }
             self.rows.push(last);
         }
@@ -771,9 +841,12 @@ impl Decoder {
     fn advance_one(&mut self, take: &Take, row: Option<usize>, first: usize) {
         let slot = take.slot;
         let Some(running) = self.sequences[slot as usize].running.as_ref() else { return };
-        let start = self.cells.len(slot);
+        let start = self.n_evaluated(slot);
         let end = start + take.n_tokens as usize;
-        self.cells.append(slot, &running.job.tokens[start..end]);
+        match self.private.as_mut().filter(|private| private.slot == Some(slot)) {
+            Some(private) => private.n_evaluated = end,
+            None => self.cells.append(slot, &running.job.tokens[start..end]),
+        }
         let in_prompt = end <= running.n_prompt;
         if in_prompt {
             self.shared.stats.prompt_tokens(u64::from(take.n_tokens));
@@ -787,7 +860,9 @@ impl Decoder {
             Goal::Score(from) => self.score(slot, start, first, from, take.n_tokens as usize),
             Goal::Evaluate if complete => self.end(slot, End::Done),
             Goal::Generate(_) if complete => self.hand_out(slot, row),
-            Goal::Evaluate | Goal::Generate(_) if end + 1 == running.job.tokens.len() => self.checkpoint(slot),
+            Goal::Evaluate | Goal::Generate(_) if end + 1 == running.job.tokens.len() && !running.job.alone => {
+                self.checkpoint(slot);
+            }
             Goal::Evaluate | Goal::Generate(_) => {}
         }
     }
@@ -796,7 +871,9 @@ impl Decoder {
     fn hand_out(&mut self, slot: Slot, row: Option<usize>) {
         let Some(index) = row else { return };
         let Some(running) = self.sequences[slot as usize].running.as_mut() else { return };
-        let logits = match self.context.logits(index) {
+        let private = self.private.as_mut().filter(|private| private.slot == Some(slot));
+        let context = private.map_or(&mut self.context, |private| &mut private.context);
+        let logits = match context.logits(index) {
             Ok(logits) => logits,
             Err(error) => return self.end(slot, End::Failed(error)),
         };
@@ -879,6 +956,9 @@ impl Decoder {
 
     fn resynchronise_one(&mut self, take: Take) {
         let slot = take.slot;
+        if let Some(private) = self.private.as_mut().filter(|private| private.slot == Some(slot)) {
+            return private.close_gap(0, private.n_evaluated, false);
+        }
         let known = self.cells.len(slot);
         let present = usize::try_from(self.context.last_position(slot) + 1).unwrap_or(0);
         if present < known || !self.can.remove_tail {
@@ -1037,6 +1117,19 @@ impl Decoder {
         let tokens = self.cells.tokens(slot);
         view.tokens.truncate(from);
         view.tokens.extend_from_slice(&tokens[from..]);
+    }
+}
+
+impl Private {
+    /// Removes evaluated tokens; later ones move down, or all are evaluated again.
+    fn close_gap(&mut self, start: usize, n: usize, can_shift: bool) {
+        if can_shift && self.context.remove(0, start, Some(start + n)) {
+            self.context.move_down(0, start + n, n);
+            self.n_evaluated -= n;
+        } else {
+            self.context.remove_from(0, 0);
+            self.n_evaluated = 0;
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! ③ Many sequences, one `llama_context`, one decoder thread.
 
+pub mod alarms;
 pub mod batch;
 pub mod cache;
 pub mod cost;
@@ -14,6 +15,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use alarms::Alarms;
 pub use cache::Slot;
 use job::{Holder, Message};
 use memory::MemoryKind;
@@ -60,6 +62,8 @@ pub struct Shared {
     pub layout: String,
     /// Free sequences.
     pub pool: Pool,
+    /// Deadlines of predictions that wait behind others on their sequence.
+    pub alarms: Alarms,
     /// Counters.
     pub stats: Stats,
     /// Tokens of each sequence, as evaluated.
@@ -148,7 +152,7 @@ fn open_and_run(
         Err(error) => return drop(report.send(Err(error))),
     };
     let shared = Arc::new(share(model, &params, &context, inbox));
-    let decoder = decoder::Decoder::new(Arc::clone(&shared), context, messages);
+    let decoder = decoder::Decoder::new(Arc::clone(&shared), context, params, messages);
     if report.send(Ok(Arc::clone(&shared))).is_ok() {
         decoder.run();
     } else {
@@ -177,6 +181,7 @@ fn share(model: Arc<Model>, params: &ContextParams, context: &llama::Context, in
     Shared {
         layout: layout(params, memory),
         pool: Pool::new(n_sequences),
+        alarms: Alarms::default(),
         stats: Stats::default(),
         views: (0..n_sequences).map(|_| Mutex::default()).collect(),
         usages: (0..n_sequences).map(|_| Usage::default()).collect(),
@@ -226,6 +231,14 @@ impl Shared {
     #[must_use]
     pub fn length(&self, slot: Slot) -> usize {
         self.view(slot).tokens.len()
+    }
+
+    /// Lets a holder's sequence show these tokens.
+    fn stand_for(&self, slot: Slot, holder: Holder, tokens: &[Token]) {
+        let mut view = self.view(slot);
+        if view.holder == holder {
+            view.tokens = tokens.to_vec();
+        }
     }
 
     /// A new holder sees an empty sequence, whatever its cells hold.

@@ -82,6 +82,26 @@ impl Model {
         self.llama.tokenize(text, self.llama.adds_bos(), parse_special)
     }
 
+    /// The tokens of a text that goes on after others: without BOS, and without the space that some vocabularies put
+    /// before a text.
+    ///
+    /// # Errors
+    /// As [`llama::Model::tokenize`].
+    pub fn tokenize_continuation(&self, text: &str, parse_special: bool) -> Result<Vec<Token>> {
+        let tokens = self.llama.tokenize(text, false, parse_special)?;
+        let mut first = Vec::new();
+        if let Some(&token) = tokens.first() {
+            self.llama.token_to_piece(token, true, &mut first)?;
+        }
+        if text.starts_with(' ') || !first.starts_with(b" ") {
+            return Ok(tokens);
+        }
+        // After a line break no space is put: the tokens that follow it are those of the bare text.
+        let before = self.llama.tokenize("\n", false, false)?;
+        let after = self.llama.tokenize(&format!("\n{text}"), false, parse_special)?;
+        Ok(after.strip_prefix(before.as_slice()).map_or(tokens, <[Token]>::to_vec))
+    }
+
     /// The file it came from.
     #[must_use]
     pub fn path(&self) -> &Path {

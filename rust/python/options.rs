@@ -26,7 +26,7 @@ impl TextOrTokens {
     pub fn into_prompt(self, parse_special: bool) -> Prompt {
         match self {
             Self::Text(text) => Prompt::Text { text, parse_special },
-            Self::Tokens(tokens) => Prompt::Tokens(tokens),
+            Self::Tokens(tokens) => Prompt::Tokens { tokens, parse_special },
         }
     }
 }

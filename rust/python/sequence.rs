@@ -12,7 +12,7 @@ use super::hub::Hub;
 use super::options::{PredictOptions, TextOrTokens};
 use super::prediction::Prediction;
 use super::process::{Native, is_forked};
-use crate::error::closed;
+use crate::error::{Error, closed};
 use crate::llama::Token;
 use crate::prediction;
 use crate::sequence::Lease;
@@ -83,10 +83,15 @@ impl Sequence {
         let max_pending = options.max_pending;
         let (request, terms) = options.into_request(py, prompt)?;
         let native = prediction::Prediction::new(hub.native()?, max_pending);
-        let shared = Arc::clone(lease.shared());
-        native.on_nudge(Arc::new(move || shared.wake()));
         let sink: Arc<prediction::Prediction> = Arc::clone(&native);
-        lease.predict(request, sink);
+        let queued = lease.predict(request, sink);
+        let shared = Arc::clone(lease.shared());
+        // Before its turn only a cancel nudges, and ends it here; later the decoder looks.
+        native.on_nudge(Arc::new(move || {
+            if !queued.leave(Error::Cancelled) {
+                shared.wake();
+            }
+        }));
         Ok(Prediction::new(native, terms))
     }
 

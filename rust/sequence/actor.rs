@@ -4,7 +4,7 @@ use std::any::Any;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
 use super::generation::Generation;
@@ -13,6 +13,7 @@ use super::sampler::{Sampler, Vocabulary};
 use super::state::{self, Fingerprint};
 use super::text::TextStream;
 use super::{Done, Outcome, Prompt, Request, Sink, StopReason};
+use crate::context::alarms::Late;
 use crate::context::job::{End, Flow, Generator, Goal, Holder, Job, MemoryOp, MemoryReply, Message, Overflow, Reply};
 use crate::context::{Shared, Slot};
 use crate::error::{Error, Result, closed};
@@ -38,6 +39,36 @@ impl Prediction {
             error => End::Failed(error),
         };
         finish_early(&*self.sink, end);
+    }
+}
+
+/// A prediction in the queue of its sequence. It can leave before its turn comes.
+pub struct Queued(Mutex<Option<Prediction>>);
+
+impl Queued {
+    pub(super) fn new(prediction: Prediction) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Some(prediction))))
+    }
+
+    /// Its turn has come, or it leaves: whoever takes it first ends it.
+    fn take(&self) -> Option<Prediction> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Ends it if its turn has not come. Returns whether it was still waiting.
+    pub fn leave(&self, error: Error) -> bool {
+        let prediction = self.take();
+        let waited = prediction.is_some();
+        if let Some(prediction) = prediction {
+            prediction.fail(error);
+        }
+        waited
+    }
+}
+
+impl Late for Queued {
+    fn late(&self) {
+        self.leave(Error::DeadlineExceeded("the deadline passed while waiting behind others on the sequence".into()));
     }
 }
 
@@ -76,7 +107,7 @@ pub enum Command {
         last: bool,
         command: Box<Command>,
     },
-    Predict(Box<Prediction>),
+    Predict(Arc<Queued>),
     Resume(Box<Parked>),
     Prefill {
         prompt: Prompt,
@@ -141,7 +172,7 @@ impl Command {
                 command.refuse(error);
                 drop(ticket);
             }
-            Self::Predict(prediction) => prediction.fail(error),
+            Self::Predict(queued) => drop(queued.leave(error)),
             Self::Resume(parked) => parked.generation.finish(End::Failed(error)),
             Self::Prefill { done, .. } => done(Err(error)),
             Self::Score { done, .. } => done(Err(error)),
@@ -206,31 +237,42 @@ impl Actor {
             return command.refuse(closed("sequence"));
         }
         let holder = ticket.id();
+        // The hold ends before anybody hears of the outcome: who does may want the sequence.
         match *command {
-            Command::Predict(prediction) => self.predict(holder, *prediction, last),
-            Command::Resume(parked) => self.resume(holder, *parked),
-            Command::Prefill { prompt, cancel, done } => done(self.prefill(holder, prompt, cancel)),
-            Command::Score { tokens, cancel, done } => done(self.score(holder, tokens, cancel)),
-            Command::Fork { lease, done } => done(self.fork(holder, lease)),
-            Command::Erase { ranges, cancel, done } => done(self.erase(holder, ranges, cancel)),
-            Command::Clear { done } => done(self.change(holder, || MemoryOp::Clear).map(drop)),
-            Command::Save { path, done } => done(self.save(holder, &path)),
-            Command::Load { path, done } => done(self.load(holder, &path)),
+            Command::Predict(queued) => match queued.take() {
+                Some(prediction) => self.predict(ticket, prediction, last),
+                None => drop(ticket),
+            },
+            Command::Resume(parked) => self.resume(ticket, *parked),
+            Command::Prefill { prompt, cancel, done } => answer(self.prefill(holder, prompt, cancel), ticket, done),
+            Command::Score { tokens, cancel, done } => answer(self.score(holder, tokens, cancel), ticket, done),
+            Command::Fork { lease, done } => answer(self.fork(holder, lease), ticket, done),
+            Command::Erase { ranges, cancel, done } => answer(self.erase(holder, ranges, cancel), ticket, done),
+            Command::Clear { done } => answer(self.change(holder, || MemoryOp::Clear).map(drop), ticket, done),
+            Command::Save { path, done } => answer(self.save(holder, &path), ticket, done),
+            Command::Load { path, done } => answer(self.load(holder, &path), ticket, done),
             Command::Leased { .. } | Command::End => {}
         }
     }
 
     // ---- predictions ----------------------------------------------------------------------------------------------
 
-    fn predict(&self, holder: Holder, prediction: Prediction, parkable: bool) {
+    fn predict(&self, ticket: Ticket, prediction: Prediction, parkable: bool) {
         let Prediction { request, sink } = prediction;
         if sink.cancel_flag().load(Ordering::Relaxed) {
+            drop(ticket);
             return finish_early(&*sink, cancelled(&*sink));
         }
         let terms = Terms::of(&request);
         match self.prepare(request, &sink) {
-            Ok((generation, tokens)) => self.generate(holder, generation, tokens, terms, parkable),
-            Err(error) => finish_early(&*sink, End::Failed(error)),
+            Ok((generation, tokens)) => {
+                let parkable = parkable && !terms.deterministic;
+                self.generate(ticket, generation, tokens, terms, parkable);
+            }
+            Err(error) => {
+                drop(ticket);
+                finish_early(&*sink, End::Failed(error));
+            }
         }
     }
 
@@ -285,9 +327,9 @@ impl Actor {
             (Prompt::Text { text, parse_special }, Some(prefix)) => {
                 model.tokenize_prompt(&format!("{text}{prefix}"), *parse_special)?
             }
-            (Prompt::Tokens(tokens), None) => tokens.clone(),
-            (Prompt::Tokens(tokens), Some(prefix)) => {
-                [tokens.clone(), model.llama().tokenize(prefix, false, false)?].concat()
+            (Prompt::Tokens { tokens, .. }, None) => tokens.clone(),
+            (Prompt::Tokens { tokens, parse_special }, Some(prefix)) => {
+                [tokens.clone(), model.tokenize_continuation(prefix, *parse_special)?].concat()
             }
         };
         if let Some(&token) = tokens.iter().find(|&&token| !model.llama().contains(token)) {
@@ -323,23 +365,25 @@ impl Actor {
     }
 
     /// Runs a generation to its end, or until its sequence is needed by others.
-    fn generate(&self, holder: Holder, generation: Box<Generation>, tokens: Vec<Token>, terms: Terms, parkable: bool) {
+    fn generate(&self, ticket: Ticket, generation: Box<Generation>, tokens: Vec<Token>, terms: Terms, parkable: bool) {
         let sink = Arc::clone(&generation.sink);
         let flow = Arc::clone(&sink).as_flow();
         if generation.is_complete() {
-            return self.evaluate_only(holder, generation, tokens, terms, flow);
+            return self.evaluate_only(ticket, generation, tokens, terms, flow);
         }
         let n_drawn_before = generation.n_drawn;
         let cheap = generation.is_cheap();
         let (along, mut here) =
             if cheap { (Some(generation as Box<dyn Generator>), None) } else { (None, Some(generation)) };
-        self.begin(Job { parkable, ..self.job(holder, tokens, Goal::Generate(along), terms, flow) });
+        self.begin(Job { parkable, ..self.job(ticket.id(), tokens, Goal::Generate(along), terms, flow) });
         let ended = self.attend(&mut here);
         let Some(generation) = here.or(ended.generation) else {
+            drop(ticket);
             return finish_early(&*sink, ended.end);
         };
         let n_drawn = generation.n_drawn - n_drawn_before;
         self.shared.usage(self.slot).predicted.fetch_add(n_drawn as u64, Ordering::Relaxed);
+        drop(ticket);
         match ended.end {
             End::Parked => self.park(Parked { generation, tokens: ended.tokens, terms }),
             end => generation.finish(end),
@@ -349,14 +393,15 @@ impl Actor {
     /// `max_tokens=0`: the prompt is evaluated and nothing drawn.
     fn evaluate_only(
         &self,
-        holder: Holder,
+        ticket: Ticket,
         mut generation: Box<Generation>,
         tokens: Vec<Token>,
         terms: Terms,
         flow: Arc<dyn Flow>,
     ) {
-        self.begin(self.job(holder, tokens, Goal::Evaluate, terms, flow));
+        self.begin(self.job(ticket.id(), tokens, Goal::Evaluate, terms, flow));
         let ended = self.attend(&mut None);
+        drop(ticket);
         generation.ended = Some((StopReason::MaxTokens, None));
         generation.finish(ended.end);
     }
@@ -380,8 +425,8 @@ impl Actor {
         }));
     }
 
-    fn resume(&self, holder: Holder, parked: Parked) {
-        self.generate(holder, parked.generation, parked.tokens, parked.terms, true);
+    fn resume(&self, ticket: Ticket, parked: Parked) {
+        self.generate(ticket, parked.generation, parked.tokens, parked.terms, true);
     }
 
     // ---- jobs -----------------------------------------------------------------------------------------------------
@@ -497,7 +542,7 @@ impl Actor {
     fn fork(&self, holder: Holder, lease: Lease) -> Result<Lease> {
         match self.change(holder, || MemoryOp::CopyTo(lease.slot(), lease.holder()))? {
             MemoryReply::Reevaluate(tokens) => {
-                let prompt = Prompt::Tokens(tokens);
+                let prompt = Prompt::Tokens { tokens, parse_special: false };
                 let (report, reported) = channel();
                 lease.prefill(prompt, Arc::default(), Box::new(move |outcome| drop(report.send(outcome))));
                 reported.recv().map_err(|_| closed("context"))??;
@@ -551,6 +596,12 @@ impl Actor {
         self.shared.send(Message::Memory { slot: self.slot, holder, op, reply });
         replied.recv().map_err(|_| closed("context"))?
     }
+}
+
+/// Lets the sequence go where its holder has closed it, then tells the outcome.
+fn answer<T>(outcome: Result<T>, ticket: Ticket, done: Done<T>) {
+    drop(ticket);
+    done(outcome);
 }
 
 /// How long to wait for the decoder before asking whether it still lives.

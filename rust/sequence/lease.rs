@@ -6,8 +6,9 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
-use super::actor::{Actor, Command, Envelope, Prediction, STACK_BYTES};
+use super::actor::{Actor, Command, Envelope, Prediction, Queued, STACK_BYTES};
 use super::{Done, Prompt, Request, Sink};
+use crate::context::alarms::Late;
 use crate::context::job::Holder;
 use crate::context::pool::WaiterId;
 use crate::context::{self, Shared, Slot};
@@ -79,7 +80,7 @@ impl Sequences {
         let prediction = Prediction { request, sink };
         let (priority, deadline) = (prediction.request.priority, prediction.request.deadline);
         self.enter(priority, deadline, move |lease| match lease {
-            Ok(lease) => lease.send_last(Command::Predict(Box::new(prediction))),
+            Ok(lease) => lease.send_last(Command::Predict(Queued::new(prediction))),
             Err(error) => prediction.fail(error),
         })
     }
@@ -299,13 +300,20 @@ impl Lease {
         self.hold.id()
     }
 
-    /// Continues the prompt, after what was asked of the sequence before.
-    pub fn predict(&self, request: Request, sink: Arc<dyn Sink>) {
+    /// Continues the prompt, after what was asked of the sequence before. The result can leave that queue.
+    pub fn predict(&self, request: Request, sink: Arc<dyn Sink>) -> Arc<Queued> {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         running.retain(|sink| sink.strong_count() > 0);
         running.push(Arc::downgrade(&sink));
         drop(running);
-        self.send(Command::Predict(Box::new(Prediction { request, sink })));
+        let deadline = request.deadline;
+        let queued = Queued::new(Prediction { request, sink });
+        if let Some(deadline) = deadline {
+            self.shared().alarms.set(deadline, &(Arc::clone(&queued) as Arc<dyn Late>));
+            self.shared().wake();
+        }
+        self.send(Command::Predict(Arc::clone(&queued)));
+        queued
     }
 
     /// Evaluates a prompt; gives the number of tokens that were not cached.

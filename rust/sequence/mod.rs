@@ -10,6 +10,7 @@ pub mod text;
 
 use std::sync::Arc;
 
+pub use actor::Queued;
 pub use generation::{Drawn, Logprob, StopReason};
 pub use lease::{Lease, Sequences};
 pub use state::Fingerprint;
@@ -31,7 +32,12 @@ pub enum Prompt {
         parse_special: bool,
     },
     /// Tokens as they are.
-    Tokens(Vec<Token>),
+    Tokens {
+        /// The tokens.
+        tokens: Vec<Token>,
+        /// Whether a response prefix after them may name control tokens.
+        parse_special: bool,
+    },
 }
 
 /// How to generate.

@@ -38,10 +38,14 @@ owed money to {} different people. When the storm came they were both on the sta
 """
 
 QUESTIONS = (
-    " Question: who kept the lighthouse, and what did she write down every day? Answer: The keeper"
-    " was Irma, who wrote down the name and the flag of every ship.",
-    " The next morning the children of the town found a wooden box on the beach. Inside it there"
-    " lay a map, three silver coins and a letter without a name.",
+    (
+        " Question: who kept the lighthouse, and what did she write down every day? Answer: The keeper"
+        " was Irma, who wrote down the name and the flag of every ship."
+    ),
+    (
+        " The next morning the children of the town found a wooden box on the beach. Inside it there"
+        " lay a map, three silver coins and a letter without a name."
+    ),
 )
 
 
@@ -180,4 +184,3 @@ async def test_shifting_and_erasing_one_branch_leaves_the_other(
     async with await first.fork() as fork:
         await first.erase([(10, 990)])
         await says_the_same(fork, text, 1)
-

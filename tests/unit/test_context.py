@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -40,8 +39,9 @@ async def narrow(tiny_model: Model) -> AsyncIterator[Context]:
 async def test_a_context_has_the_size_that_was_asked_for(
     tiny_model: Model, size: int, sequences: int
 ) -> None:
-    options = {"context_size": size, "sequences": sequences}
-    async with tiny_model.create_context(threads=1, **options) as context:
+    async with tiny_model.create_context(
+        context_size=size, sequences=sequences, threads=1
+    ) as context:
         assert (context.context_size, context.sequences) == (size, sequences)
         assert context.stats.cells_total == size
         assert context.stats.sequences_total == sequences
@@ -67,7 +67,7 @@ async def test_a_context_can_be_awaited_or_entered(tiny_model: Model) -> None:
 async def test_an_encoder_only_model_refuses_to_generate(tmp_path: Path) -> None:
     async with llamactor.load_model(tiny_encoder(tmp_path / "bert.gguf")) as model:
         with pytest.raises(UnsupportedError, match="cannot generate"):
-            model.complete("once")
+            _ = model.complete("once")
         with pytest.raises(UnsupportedError, match="encoder"):
             await model.create_context(context_size=64)
         assert model.tokenize("once")
@@ -76,7 +76,7 @@ async def test_an_encoder_only_model_refuses_to_generate(tmp_path: Path) -> None
 async def test_a_vocabulary_alone_refuses_to_generate(tiny_model_path: Path) -> None:
     async with llamactor.load_model(tiny_model_path, vocab_only=True) as model:
         with pytest.raises(UnsupportedError, match="vocab_only"):
-            model.complete("once")
+            _ = model.complete("once")
         with pytest.raises(UnsupportedError, match="vocab_only"):
             await model.create_context(context_size=64)
 
@@ -103,7 +103,7 @@ async def test_callers_are_served_in_the_order_they_came(narrow: Context) -> Non
 
 async def test_waiting_ends_with_a_timeout_error(narrow: Context) -> None:
     async with narrow.sequence():
-        with pytest.raises(TimeoutError, match="within 0.01 s"):
+        with pytest.raises(TimeoutError, match=r"within 0\.01 s"):
             await narrow.sequence(timeout=0.01)
         with pytest.raises(TimeoutError, match="1 sequences"):
             async with narrow.sequence(timeout=0):
@@ -207,7 +207,7 @@ async def test_predictions_without_a_sequence_of_their_own_share_the_queue(
         assert order == list(range(10))
 
 
-# --- the loop it belongs to, and being forgotten ---------------------------------------------------
+# --- the loop it belongs to, and being forgotten --------------------------------------------------
 
 
 async def test_a_context_serves_any_loop_but_a_sequence_only_its_own(context: Context) -> None:
@@ -215,7 +215,7 @@ async def test_a_context_serves_any_loop_but_a_sequence_only_its_own(context: Co
         with pytest.raises(RuntimeError, match="bound to the event loop"):
             await sequence.prefill("once")
         with pytest.raises(RuntimeError, match="bound to the event loop"):
-            sequence.predict("once")
+            _ = sequence.predict("once")
         async with context.sequence() as own:
             return await own.prefill("once upon")
 
@@ -228,7 +228,6 @@ async def test_a_forgotten_sequence_warns_and_goes_back(narrow: Context) -> None
     await sequence.prefill(prompt(10))
     with pytest.warns(ResourceWarning, match="unclosed <Sequence 0 open>"):
         del sequence
-        gc.collect()
     async with narrow.sequence(timeout=PATIENCE):
         pass
 
@@ -238,10 +237,9 @@ async def test_a_forgotten_context_warns(tiny_model: Model) -> None:
     assert not context.closed
     with pytest.warns(ResourceWarning, match="unclosed <Context of 64 tokens"):
         del context
-        gc.collect()
 
 
-# --- closing ----------------------------------------------------------------------------------------
+# --- closing --------------------------------------------------------------------------------------
 
 
 async def refuses_everything(sequence: Sequence, tmp_path: Path) -> None:
@@ -320,7 +318,7 @@ async def test_closing_the_model_closes_its_contexts(tiny_model_path: Path) -> N
     await context.aclose()
 
 
-# --- counters ---------------------------------------------------------------------------------------
+# --- counters -------------------------------------------------------------------------------------
 
 
 async def test_a_new_context_has_counted_nothing(context: Context) -> None:

@@ -25,7 +25,7 @@ from llamactor import BusyError, ClosedError, LoadCancelledError, Prediction, Se
 from tests.conftest import PATIENCE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
 THREADS, TASKS, LIVES = 4, 5, 25
 """Half a thousand lives per round."""
@@ -307,7 +307,7 @@ class Life:
     def tokens(self) -> list[int]:
         return self.world.model.tokenize(self.prompt())
 
-    async def read(self, prediction: Prediction) -> object:
+    async def read(self, prediction: Prediction) -> AsyncIterator[str]:
         """Read the first few pieces, or just begin to; returns the iterator."""
         iterator = aiter(prediction)
         for _ in range(self.rng.randrange(4)):
@@ -395,15 +395,15 @@ class World:
 def test_a_thousand_random_lives_leave_nothing_behind(
     kind: str, tiny_model_path: Path, tmp_path: Path
 ) -> None:
-    with asyncio.Runner() as runner:
+    with asyncio.Runner(loop_factory=LOOPS[kind]) as runner:
+        runner.run(load_and_close(tiny_model_path))  # whatever is made once is there now
+        before = Usage.now()
         model = runner.run(load(tiny_model_path))
         world = World(tiny_model_path, tmp_path, model)
-        before, *at_rest = [Usage.now()] + [
-            live_a_round(runner, world, kind, number) for number in range(ROUNDS)
-        ]
+        at_rest = [live_a_round(runner, world, kind, number) for number in range(ROUNDS)]
+        runner.run(model.aclose())
         runner.run(until(lambda: Usage.now().threads <= before.threads))
         runner.run(until(lambda: Usage.now().descriptors <= before.descriptors))
-        runner.run(model.aclose())
     assert world.reports == []
     assert at_rest[-1].allocated - at_rest[0].allocated < HEAP_SLACK
     assert at_rest[-1].resident - at_rest[0].resident < RSS_SLACK
@@ -421,6 +421,10 @@ async def load(path: Path) -> llamactor.Model:
     return await llamactor.load_model(path, context_size=1024, sequences=4, threads=1)
 
 
+async def load_and_close(path: Path) -> None:
+    await (await load(path)).aclose()
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Let other threads run until `condition` holds."""
     async with asyncio.timeout(PATIENCE):
@@ -428,15 +432,16 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
+MALLINFO = (
+    *("arena", "ordblks", "smblks", "hblks", "mapped"),
+    *("usmblks", "fsmblks", "in_use", "fordblks", "keepcost"),
+)
+
+
 class Mallinfo(ctypes.Structure):
     """The C library's `struct mallinfo2`."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena ordblks smblks hblks mapped usmblks fsmblks in_use fordblks keepcost".split()
-        )
-    )
+    _fields_ = tuple((name, ctypes.c_size_t) for name in MALLINFO)
 
 
 class Usage(NamedTuple):

@@ -329,8 +329,7 @@ async def test_sequences_predict_side_by_side(kind: Kind, model: Model, context:
     sequences = [await context.sequence() for _ in range(3)]
     prompts = [prompt(100 + 30 * i, i) for i in range(3)]
     running = [
-        each.predict(tokens, max_tokens=40)
-        for each, tokens in zip(sequences, prompts, strict=True)
+        each.predict(tokens, max_tokens=40) for each, tokens in zip(sequences, prompts, strict=True)
     ]
     for each, tokens, prediction in zip(sequences, prompts, running, strict=True):
         result = await soon(prediction)

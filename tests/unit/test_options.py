@@ -159,7 +159,7 @@ def test_keywords_win_over_options() -> None:
     with pytest.raises(TypeError, match="GenerationOptions"):
         generation_options({"options": {"seed": 1}})
     with pytest.raises(ValueError, match="max_tokens"):
-        generation_options({"options": base, "max_tokens": 0})
+        generation_options({"options": base, "max_tokens": -1})
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

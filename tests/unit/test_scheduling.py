@@ -23,7 +23,6 @@ from llamactor import (
     PromptProgress,
     Sequence,
 )
-from tests.conftest import Gate
 from tests.contexts import (
     PROBE,
     TOLERANCE,
@@ -41,6 +40,8 @@ from tests.models import tiny_llama
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from tests.conftest import Gate
 
 
 @asynccontextmanager
@@ -74,7 +75,7 @@ async def unbroken(
     return result
 
 
-# --- turns --------------------------------------------------------------------------------------------
+# --- turns ----------------------------------------------------------------------------------------
 
 
 async def test_predictions_run_side_by_side(tiny_model: Model) -> None:
@@ -99,10 +100,11 @@ async def test_a_long_prompt_does_not_stop_those_who_generate(tiny_model: Model)
         running = one.predict(prompt(10), max_tokens=400, max_pending=None)
         await until(lambda: running.stats.predicted_tokens > 1)
         long = other.predict(prompt(2000, 1), max_tokens=1)
-        drawn = []
-        async for event in long.events():
-            if isinstance(event, PromptProgress):
-                drawn.append(running.stats.predicted_tokens)
+        drawn = [
+            running.stats.predicted_tokens
+            async for event in long.events()
+            if isinstance(event, PromptProgress)
+        ]
         await soon(long)
         assert len(set(drawn)) == len(drawn) >= 3, "each part of the prompt came with a token"
         running.cancel()
@@ -131,7 +133,7 @@ async def test_a_stalled_callback_holds_only_its_own_sequence(
         assert len((await soon(stalled)).tokens) == 3
 
 
-# --- priorities and deadlines ----------------------------------------------------------------------------
+# --- priorities and deadlines ---------------------------------------------------------------------
 
 
 async def test_of_those_who_wait_for_a_sequence_the_higher_priority_goes_first(
@@ -225,7 +227,7 @@ async def test_a_deadline_passes_while_a_callback_stalls(tiny_model: Model, gate
         assert 2 <= len(failure.value.partial.tokens) <= 3
 
 
-# --- a full context ----------------------------------------------------------------------------------------
+# --- a full context -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overflow", [None, "stop_at_limit"])
@@ -328,7 +330,7 @@ async def test_a_shift_leaves_a_fork_alone(tiny_model: Model) -> None:
         await sequence.aclose()
 
 
-# --- cells that many share ------------------------------------------------------------------------------------
+# --- cells that many share ------------------------------------------------------------------------
 
 
 async def test_idle_prefixes_go_when_others_need_the_room(tiny_model: Model) -> None:
@@ -490,7 +492,7 @@ async def test_a_job_of_its_own_waits_for_room_too(tiny_model: Model, gate: Gate
         assert distance(scores[50:], expected) < TOLERANCE
 
 
-# --- readers that lag ------------------------------------------------------------------------------------------
+# --- readers that lag -----------------------------------------------------------------------------
 
 
 async def lagging(sequence_or_model: Any, tokens: list[int], **options: Any) -> tuple[Any, Any]:
@@ -582,7 +584,7 @@ async def test_a_paused_prediction_on_a_held_sequence_gives_up_its_cells_only(
         await plausible(tiny_model, prompt(100), result)
 
 
-# --- the same again, bit for bit ---------------------------------------------------------------------------------
+# --- the same again, bit for bit ------------------------------------------------------------------
 
 
 def bits(result: llamactor.PredictionResult) -> tuple[Any, ...]:
@@ -627,7 +629,7 @@ async def test_a_deterministic_prediction_repeats_bit_for_bit(
 
 
 async def test_a_deterministic_prediction_repeats_in_another_context(tiny_model: Model) -> None:
-    seen = []
+    seen: list[tuple[Any, ...]] = []
     for _ in range(2):
         async with opened(tiny_model, 512, 2) as (_, (one, other)):
             companion = other.predict(prompt(50, len(seen)), max_tokens=100)

@@ -18,7 +18,6 @@ from llamactor import (
     Sequence,
     StateMismatchError,
 )
-from tests.conftest import Gate
 from tests.contexts import (
     PROBE,
     TOLERANCE,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from llamactor import Context
+    from tests.conftest import Gate
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ async def shallow(shallow_path: Path) -> AsyncIterator[Model]:
         yield model
 
 
-# --- what it holds ----------------------------------------------------------------------------------
+# --- what it holds --------------------------------------------------------------------------------
 
 
 async def test_a_new_sequence_is_empty(sequence: Sequence) -> None:
@@ -157,7 +157,7 @@ async def test_usage_counts_what_this_holder_did(context: Context) -> None:
         await each.aclose()
 
 
-# --- clear, erase, shift ------------------------------------------------------------------------------
+# --- clear, erase, shift --------------------------------------------------------------------------
 
 
 async def test_clear_forgets_everything(
@@ -301,7 +301,7 @@ async def test_moved_cells_of_a_former_holder_serve_nobody(tiny_model: Model) ->
             await remembers(sequence, kept, tiny_model)
 
 
-# --- fork -----------------------------------------------------------------------------------------------
+# --- fork -----------------------------------------------------------------------------------------
 
 
 async def test_a_fork_shares_the_cells_of_its_parent(
@@ -429,7 +429,7 @@ async def test_a_cancelled_fork_leaves_the_queue(tiny_model: Model) -> None:
         await sequence.aclose()
 
 
-# --- score ----------------------------------------------------------------------------------------------
+# --- score ----------------------------------------------------------------------------------------
 
 
 async def test_scoring_appends_to_what_is_there(tiny_model: Model, sequence: Sequence) -> None:
@@ -468,10 +468,10 @@ async def test_scores_in_a_long_text_do_not_depend_on_the_width_of_a_batch(
 ) -> None:
     tokens = prompt(700)
     expected = await uncached(tiny_model, tokens[:300], tokens[300:])
-    for options in ({"batch_size": 16}, {"batch_size": 512, "ubatch_size": 32}):
+    for batch, ubatch in ((16, 16), (512, 32)):
         async with (
             tiny_model.create_context(
-                context_size=1024, sequences=1, threads=1, **options
+                context_size=1024, sequences=1, threads=1, batch_size=batch, ubatch_size=ubatch
             ) as context,
             context.sequence() as sequence,
         ):
@@ -509,13 +509,13 @@ async def test_wrong_tokens_are_refused_at_the_call(sequence: Sequence) -> None:
         with pytest.raises(ValueError):
             await sequence.score(tokens)
         with pytest.raises(ValueError):
-            sequence.predict(tokens)
+            _ = sequence.predict(tokens)
         with pytest.raises(ValueError):
             await sequence.prefill(tokens)
     assert sequence.tokens == []
 
 
-# --- save and load ---------------------------------------------------------------------------------------
+# --- save and load --------------------------------------------------------------------------------
 
 
 async def test_a_saved_state_comes_back(
@@ -541,9 +541,7 @@ async def test_a_state_goes_to_another_sequence_context_and_size(
     await sequence.save(tmp_path / "state")
     for size, sequences in ((256, 1), (4096, 8), (200, 3)):
         async with (
-            tiny_model.create_context(
-                context_size=size, sequences=sequences, threads=1
-            ) as other,
+            tiny_model.create_context(context_size=size, sequences=sequences, threads=1) as other,
             other.sequence() as target,
         ):
             await target.load(tmp_path / "state")
@@ -644,8 +642,10 @@ async def test_a_state_with_an_adapter_comes_back_with_the_same_one(
 async def test_a_damaged_state_is_refused(tiny_model: Model, state: Path) -> None:
     whole = state.read_bytes()
     damaged = [whole[:n] for n in (0, 1, 15, 16, 40, 75, 76, 100, len(whole) // 2, len(whole) - 1)]
-    for at in (0, 17, 25, 37, 45, 53, 61, 80, len(whole) // 2, len(whole) - 1):
-        damaged.append(whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :])
+    damaged += [
+        whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :]
+        for at in (0, 17, 25, 37, 45, 53, 61, 80, len(whole) // 2, len(whole) - 1)
+    ]
     damaged.append(whole + b"\0")
     for content in damaged:
         state.write_bytes(content)
@@ -743,7 +743,7 @@ async def test_saving_to_one_path_from_many_sequences_leaves_one_whole_state(
         await each.aclose()
 
 
-# --- in turn ------------------------------------------------------------------------------------------------
+# --- in turn --------------------------------------------------------------------------------------
 
 
 async def test_calls_on_one_sequence_run_in_order(sequence: Sequence, tmp_path: Path) -> None:

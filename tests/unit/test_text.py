@@ -287,6 +287,39 @@ async def test_the_model_goes_on_from_the_prefix(says: Says, as_tokens: bool) ->
     assert result.stats.prompt_tokens == model.count_tokens(PROMPT + ".b")
 
 
+@pytest.mark.parametrize("as_tokens", [False, True])
+async def test_a_prefix_after_tokens_goes_on_without_a_space(
+    tmp_path: Path, as_tokens: bool
+) -> None:
+    path = tiny_spm(tmp_path / "spm.gguf")
+    async with (
+        llamactor.load_model(path, context_size=256, sequences=1, threads=1) as model,
+        model.create_context(context_size=256, sequences=1, threads=1) as context,
+        context.sequence() as sequence,
+    ):
+        prompt = model.tokenize("the sea", add_bos=True) if as_tokens else "the sea"
+        result = await sequence.predict(prompt, response_prefix="side", max_tokens=1)
+        assert result.content.startswith("side")
+        evaluated = sequence.tokens[: result.stats.prompt_tokens]
+        assert model.detokenize(evaluated) == " the seaside"
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("as_tokens", [False, True])
+async def test_special_tokens_of_a_prefix_are_parsed_as_those_of_the_prompt(
+    tiny_model: Model, as_tokens: bool, special: bool
+) -> None:
+    prompt = byte_tokens("a") if as_tokens else "a"
+    async with (
+        tiny_model.create_context(context_size=256, sequences=1, threads=1) as context,
+        context.sequence() as sequence,
+    ):
+        await sequence.predict(
+            prompt, response_prefix="<|im_start|>b", special=special, max_tokens=1
+        )
+        assert (IM_START in sequence.tokens) is special
+
+
 async def test_the_prefix_is_streamed_first(says: Says) -> None:
     model = await says("a", "b")
     prediction = model.complete(PROMPT, response_prefix="Well: ")
