@@ -425,6 +425,12 @@ class ContextOptions(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("kv_type_k", "kv_type_v"):
             if getattr(self, name) is not None:
                 check.check_choice(name, getattr(self, name), KV_TYPES)
+        quantised = self.kv_type_v not in {None, "f32", "f16", "bf16"}
+        if quantised and self.flash_attention == "off":
+            raise ValueError(
+                f"kv_type_v={self.kv_type_v!r} is quantised, which needs flash attention: "
+                'use flash_attention="auto" or "on", or kv_type_v="f16"'
+            )
         check.check_bool("kv_unified", self.kv_unified)
         check.check_bool("swa_full", self.swa_full)
         self._check_rope()

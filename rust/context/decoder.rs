@@ -69,6 +69,13 @@ struct Running {
     scores: Vec<f32>,
 }
 
+impl Running {
+    /// Whether it takes cells of the shared cache while others wait for some.
+    fn is_growing(&self) -> bool {
+        matches!(self.state, State::Evaluating | State::Drawing(_)) && !self.job.alone
+    }
+}
+
 /// A state that cannot be rolled back, as it was at `length` tokens.
 struct Checkpoint {
     length: usize,
@@ -399,7 +406,7 @@ impl Decoder {
             }
             return true;
         }
-        let others = self.slots(|running| running.state != State::Waiting).count();
+        let others = self.slots(Running::is_growing).count();
         loop {
             let reuse = self.plan_reuse(slot);
             if self.has_room(slot, reuse) || (others == 0 && self.evictable(slot).next().is_none()) {
@@ -432,7 +439,7 @@ impl Decoder {
         let Some(running) = self.sequences[slot as usize].running.as_ref() else { return true };
         let held: usize = self.evictable(slot).map(|other| self.cells.len(other)).sum();
         let most = self.cells.n_free() + held + self.cells.len(slot);
-        let others = self.slots(|running| running.state != State::Waiting).count();
+        let others = self.slots(Running::is_growing).count();
         others == 0 || most >= running.job.tokens.len() + self.reserved_by_others(slot) + self.headroom(slot)
     }
 
@@ -496,7 +503,7 @@ impl Decoder {
     /// Cells beyond its tokens that a job waits for: one for each that grows beside it, and enough to get somewhere
     /// before it would be preempted again.
     fn headroom(&self, slot: Slot) -> usize {
-        let growing = self.slots(|running| running.state != State::Waiting).count();
+        let growing = self.slots(Running::is_growing).count();
         let again = self.sequences[slot as usize].running.as_ref().is_some_and(|running| running.was_admitted);
         if again && growing > 0 { self.cells.capacity() / SHIFT_PARTS } else { growing }
     }
@@ -512,7 +519,7 @@ impl Decoder {
 
     /// Cells that admitted prompts have yet to fill.
     fn reserved_by_others(&self, slot: Slot) -> usize {
-        self.slots(|running| running.state != State::Waiting && !running.job.alone)
+        self.slots(Running::is_growing)
             .filter(|&(other, _)| other != slot)
             .map(|(other, running)| running.job.tokens.len().saturating_sub(self.cells.len(other)))
             .sum()

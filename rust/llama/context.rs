@@ -224,6 +224,7 @@ pub struct Context {
     n_seq_max: usize,
     n_outputs_max: usize,
     unified: bool,
+    type_k: Option<KvType>,
 }
 
 impl Context {
@@ -259,6 +260,7 @@ impl Context {
             n_seq_max: params.n_seq_max as usize,
             n_outputs_max: params.n_outputs_max as usize,
             unified: params.kv_unified,
+            type_k: params.type_k,
             model,
         };
         context.require_memory()?;
@@ -393,8 +395,9 @@ impl Context {
     /// Whether positions of this memory can be moved (`llama_memory_can_shift`).
     #[must_use]
     pub fn can_shift(&self) -> bool {
+        // Moving cells rotates their keys, which ggml cannot do in BF16: it would abort in the next decode.
         // SAFETY: the context is alive.
-        unsafe { sys::llama_memory_can_shift(self.memory()) }
+        self.type_k != Some(KvType::Bf16) && unsafe { sys::llama_memory_can_shift(self.memory()) }
     }
 
     /// Removes the cells of positions `from..` of a sequence; false where this memory cannot remove a part.

@@ -1118,7 +1118,32 @@ fn missing(key: &str, hint: &'static str) -> Problem {
     Problem::MissingKey { key: key.into(), hint }
 }
 
+/// What an override can replace: llama.cpp ignores one of another class, and all of arrays.
+fn class(value: &Value) -> &'static str {
+    match value {
+        Value::Bool(_) => "a boolean",
+        Value::F32(_) | Value::F64(_) => "a float",
+        Value::String(_) => "a string",
+        Value::Array { .. } => "an array",
+        _ => "an integer",
+    }
+}
+
+fn check_override(header: &Header, key: &str, value: &Value) -> Result<(), Problem> {
+    match header.get(key) {
+        Some(Value::Array { .. }) => Err(bad_value(key, "is an array, which cannot be overridden".into())),
+        Some(there) if class(there) != class(value) => Err(bad_value(
+            key,
+            format!("is {} in the file; an override with {} has no effect", class(there), class(value)),
+        )),
+        _ => Ok(()),
+    }
+}
+
 fn check_metadata(facts: &Facts<'_>, vocab_only: bool) -> Result<(), Problem> {
+    for (key, value) in facts.overrides {
+        check_override(facts.header, key, value)?;
+    }
     if let Some((key, _)) = facts.overrides.iter().find(|(key, _)| key.starts_with("split.")) {
         // It would make llama.cpp open other files than those that were checked.
         return Err(bad_value(key, "cannot be overridden".into()));
@@ -1962,8 +1987,9 @@ mod tests {
         let experts = ["llama.expert_count", "llama.expert_used_count"];
         let experts = experts.map(|key| (key.to_owned(), Value::I64(2)));
         assert!(Writer::model().check_with(false, &experts).is_err());
-        // llama.cpp ignores an override of the wrong kind.
-        assert!(check("llama.context_length", Value::Bool(true)).is_ok());
+        // llama.cpp would ignore these without a word.
+        assert!(check("llama.context_length", Value::Bool(true)).is_err());
+        assert!(check("tokenizer.ggml.tokens", Value::I64(5)).is_err());
     }
 
     /// Writes a model of two parts and returns their paths.

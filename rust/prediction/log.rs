@@ -250,3 +250,471 @@ impl Log {
         self.readers.iter().flatten().any(|reader| reader.waiting && self.has_news(reader))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::sequence::StopReason;
+
+    fn drawn(token: Token) -> Option<Drawn> {
+        Some(Drawn { token, logprob: None })
+    }
+
+    fn outcome() -> Outcome {
+        Outcome { stop_reason: StopReason::Eos, stop_string: None, error: None }
+    }
+
+    fn with_text(text: &str) -> Log {
+        let mut log = Log::new(None);
+        log.append(None, text);
+        log
+    }
+
+    fn prompt(processed: usize) -> Event {
+        Event::Prompt { processed, cached: 1, total: 9 }
+    }
+
+    fn text(text: &str, tokens: &[Token]) -> Event {
+        Event::Text(text.into(), tokens.into())
+    }
+
+    fn all_events(log: &mut Log, reader: ReaderId) -> Vec<Event> {
+        std::iter::from_fn(|| log.read_event(reader)).collect()
+    }
+
+    // ---- readers --------------------------------------------------------------------------------------------------
+
+    #[test]
+    fn every_reader_begins_at_the_first_piece_however_late() {
+        let mut log = with_text("one ");
+        let early = log.open_reader(false);
+        assert_eq!(log.read(early).as_deref(), Some("one "));
+        log.append(drawn(1), "two");
+        log.finish(outcome());
+        let late = log.open_reader(false);
+        assert_eq!(log.read(late).as_deref(), Some("one two"));
+        assert_eq!(log.read(early).as_deref(), Some("two"));
+        assert_eq!((log.read(early), log.read(late)), (None, None));
+    }
+
+    #[test]
+    fn a_closed_reader_gets_nothing_and_its_place_is_taken_by_a_new_one() {
+        let mut log = with_text("text");
+        let closed = log.open_reader(true);
+        log.close_reader(closed);
+        assert_eq!((log.read(closed), log.read_event(closed)), (None, None));
+        let next = log.open_reader(false);
+        assert_eq!((next, log.read(next).as_deref()), (closed, Some("text")));
+    }
+
+    #[test]
+    fn a_reader_that_never_was_gets_nothing() {
+        let mut log = with_text("text");
+        assert_eq!((log.read(7), log.read_event(7)), (None, None));
+        assert!(!log.set_waiting(7, true));
+        log.close_reader(7);
+    }
+
+    // ---- events ---------------------------------------------------------------------------------------------------
+
+    #[test]
+    fn events_stand_where_they_happened() {
+        let mut log = Log::new(None);
+        log.admitted(1, 9);
+        let reader = log.open_reader(true);
+        assert_eq!(log.read_event(reader), Some(prompt(1)));
+        log.progressed(9, 1, 9);
+        log.append(drawn(1), "a");
+        log.append(drawn(2), "b");
+        log.shifted(4, 7);
+        assert_eq!(all_events(&mut log, reader), [prompt(9), text("ab", &[1, 2]), Event::Shift(7)]);
+        log.append(drawn(3), "c");
+        assert_eq!(all_events(&mut log, reader), [text("c", &[3])]);
+    }
+
+    #[test]
+    fn of_progress_that_nobody_saw_only_the_newest_is_told() {
+        let mut log = Log::new(None);
+        let reader = log.open_reader(true);
+        log.admitted(1, 9);
+        log.progressed(4, 1, 9);
+        assert_eq!(all_events(&mut log, reader), [prompt(4)]);
+        log.progressed(6, 1, 9);
+        log.progressed(9, 1, 9);
+        assert_eq!(all_events(&mut log, reader), [prompt(9)]);
+    }
+
+    #[test]
+    fn a_prompt_that_is_evaluated_again_is_no_news() {
+        let mut log = Log::new(None);
+        log.admitted(1, 9);
+        log.append(drawn(1), "a");
+        log.admitted(8, 10);
+        log.progressed(10, 8, 10);
+        let reader = log.open_reader(true);
+        assert_eq!(all_events(&mut log, reader), [prompt(1), text("a", &[1])]);
+        assert_eq!((log.counts.prompt, log.counts.cached), (9, 1));
+    }
+
+    #[test]
+    fn tokens_without_text_come_with_the_next_text_or_at_the_end() {
+        let mut log = Log::new(None);
+        let reader = log.open_reader(true);
+        log.append(drawn(1), "");
+        assert_eq!(log.read_event(reader), None);
+        log.append(drawn(2), "b");
+        assert_eq!(log.read_event(reader), Some(text("b", &[1, 2])));
+        log.append(drawn(3), "");
+        assert_eq!(log.read_event(reader), None);
+        log.finish(outcome());
+        assert_eq!(all_events(&mut log, reader), [text("", &[3])]);
+    }
+
+    #[test]
+    fn a_text_reader_is_not_woken_by_an_event_without_text() {
+        let mut log = Log::new(None);
+        let (words, events) = (log.open_reader(false), log.open_reader(true));
+        log.set_waiting(words, true);
+        log.shifted(0, 5);
+        assert!(!log.take_news());
+        assert!(log.set_waiting(events, true), "it can go on at once");
+        assert!(log.take_news());
+    }
+
+    // ---- what is told of it ---------------------------------------------------------------------------------------
+
+    #[test]
+    fn everything_is_there_at_the_end() {
+        let mut log = Log::new(None);
+        log.append(None, "prefix ");
+        let logprob = Logprob { text: "a".into(), logprob: -0.5, top: Vec::new() };
+        log.append(Some(Drawn { token: 1, logprob: Some(logprob) }), "a");
+        log.shifted(3, 5);
+        log.shifted(2, 6);
+        log.append(drawn(2), "b");
+        log.finish(outcome());
+        let finished = log.finished();
+        assert_eq!((finished.text.as_str(), finished.tokens), ("prefix ab", vec![1, 2]));
+        assert_eq!(finished.logprobs.len(), 1);
+        assert_eq!(finished.shift, Some((2, 11)), "kept by the last shift, dropped by all");
+        assert_eq!((finished.stats.predicted_tokens, finished.stats.shifted_tokens), (2, 11));
+    }
+
+    #[test]
+    fn a_prefix_is_no_first_token() {
+        let mut log = with_text("prefix");
+        assert!(log.clock.first_token.is_none());
+        log.append(drawn(1), "");
+        assert!(log.clock.first_token.is_some());
+    }
+
+    // ---- back-pressure and interest -------------------------------------------------------------------------------
+
+    const MAX_PENDING: usize = 3;
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Place {
+        /// It has read all.
+        There,
+        /// As much before it as it may have.
+        AtLimit,
+        Behind,
+        /// Behind, but suspended until it is woken.
+        Waiting,
+    }
+
+    /// A log of more than enough tokens with readers at these places.
+    fn with_readers(places: &[Place], max_pending: Option<usize>) -> Log {
+        let mut log = Log::new(max_pending);
+        let readers: Vec<_> = places.iter().map(|_| log.open_reader(false)).collect();
+        (0..=MAX_PENDING as Token).for_each(|token| {
+            log.append(drawn(token), "x");
+            if token == 0 {
+                catch_up(&mut log, &readers, places, Place::AtLimit);
+            }
+        });
+        catch_up(&mut log, &readers, places, Place::There);
+        for (&reader, _) in readers.iter().zip(places).filter(|(_, place)| **place == Place::Waiting) {
+            log.set_waiting(reader, true);
+        }
+        log
+    }
+
+    fn catch_up(log: &mut Log, readers: &[ReaderId], places: &[Place], which: Place) {
+        for (&reader, _) in readers.iter().zip(places).filter(|(_, place)| **place == which) {
+            log.read(reader);
+        }
+    }
+
+    /// All lists of up to three places.
+    fn lists_of_places() -> Vec<Vec<Place>> {
+        let places = [Place::There, Place::AtLimit, Place::Behind, Place::Waiting];
+        let longer = |lists: &[Vec<Place>]| -> Vec<Vec<Place>> {
+            lists.iter().flat_map(|list| places.map(|place| [list.as_slice(), &[place]].concat())).collect()
+        };
+        let mut lists = vec![vec![]];
+        for _ in 0..3 {
+            lists = lists.iter().cloned().chain(longer(&lists)).collect();
+        }
+        lists
+    }
+
+    #[test]
+    fn it_lags_only_while_nobody_awaits_the_result_and_every_reader_is_behind() {
+        for places in lists_of_places() {
+            let behind = !places.is_empty() && places.iter().all(|place| *place == Place::Behind);
+            let mut log = with_readers(&places, Some(MAX_PENDING));
+            assert_eq!(log.lags(), behind, "{places:?}");
+            log.add_interest(false);
+            assert_eq!(log.lags(), behind, "{places:?} in an open block");
+            log.add_interest(true);
+            assert!(!log.lags(), "{places:?} while somebody awaits the result");
+            log.add_interest(true);
+            log.drop_interest(true);
+            assert!(!log.lags(), "{places:?} while one of two awaits it still");
+            log.drop_interest(true);
+            assert_eq!(log.lags(), behind, "{places:?} after that");
+            assert!(!with_readers(&places, None).lags(), "{places:?} without a limit");
+        }
+    }
+
+    #[test]
+    fn a_woken_reader_lags_again_once_it_has_read_and_left_too_much() {
+        let mut log = with_readers(&[Place::Waiting], Some(MAX_PENDING));
+        assert!(!log.lags());
+        log.read(0);
+        (0..MAX_PENDING as Token).for_each(|token| log.append(drawn(token), "x"));
+        assert!(!log.lags());
+        log.append(drawn(9), "x");
+        assert!(log.lags());
+    }
+
+    #[test]
+    fn a_reader_that_waits_no_longer_lags_like_any_other() {
+        let mut log = with_readers(&[Place::Waiting], Some(MAX_PENDING));
+        assert!(!log.set_waiting(0, false));
+        assert!(log.lags());
+    }
+
+    #[test]
+    fn a_closed_reader_holds_nobody_up_and_nobody_on() {
+        let mut log = with_readers(&[Place::Behind, Place::There], Some(MAX_PENDING));
+        assert!(!log.lags());
+        log.close_reader(1);
+        assert!(log.lags());
+        log.close_reader(0);
+        assert!(!log.lags());
+    }
+
+    #[test]
+    fn interest_is_a_reader_or_a_waiter_or_an_open_block() {
+        let mut log = Log::new(None);
+        assert!(!log.has_interest());
+        for awaits_result in [true, false] {
+            log.add_interest(awaits_result);
+            log.drop_interest(!awaits_result);
+            assert!(log.has_interest(), "dropping one kind keeps the other");
+            log.drop_interest(awaits_result);
+            assert!(!log.has_interest());
+        }
+        let (one, two) = (log.open_reader(false), log.open_reader(true));
+        log.close_reader(one);
+        log.close_reader(one);
+        assert!(log.has_interest(), "closing twice counts once");
+        log.close_reader(two);
+        assert!(!log.has_interest());
+    }
+
+    // ---- any interleaving -----------------------------------------------------------------------------------------
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Append(bool, &'static str),
+        Progress,
+        Shift(usize),
+        Open(bool),
+        Read(usize),
+        Wait(usize),
+        Close(usize),
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let piece = prop::sample::select(vec!["", "a", "bc", "ü", "日本", "🙂"]);
+        prop_oneof![
+            8 => (prop::bool::weighted(0.8), piece).prop_map(|(token, piece)| Op::Append(token, piece)),
+            2 => Just(Op::Progress),
+            2 => (1..9usize).prop_map(Op::Shift),
+            2 => any::<bool>().prop_map(Op::Open),
+            8 => (0..4usize).prop_map(Op::Read),
+            4 => (0..4usize).prop_map(Op::Wait),
+            1 => (0..4usize).prop_map(Op::Close),
+        ]
+    }
+
+    /// What a reader has got so far.
+    #[derive(Debug, Default)]
+    struct Got {
+        events: bool,
+        text: String,
+        tokens: Vec<Token>,
+        /// Shifts, and where in the text they came.
+        shifts: Vec<(usize, usize)>,
+        /// How far the prompt was, and where in the text that came.
+        progress: Vec<(usize, usize)>,
+        waiting: bool,
+    }
+
+    impl Got {
+        fn take(&mut self, event: Event) {
+            match event {
+                Event::Text(text, tokens) => {
+                    assert!(!text.is_empty() || !tokens.is_empty(), "an event of nothing");
+                    self.text.push_str(&text);
+                    self.tokens.extend(tokens);
+                }
+                Event::Shift(dropped) => self.shifts.push((self.text.len(), dropped)),
+                Event::Prompt { processed, .. } => self.progress.push((self.text.len(), processed)),
+            }
+        }
+    }
+
+    /// A log, what came in, and what each reader got out.
+    struct Run {
+        log: Log,
+        text: String,
+        tokens: Vec<Token>,
+        shifts: Vec<(usize, usize)>,
+        progress: Vec<(usize, usize)>,
+        readers: Vec<Option<Got>>,
+    }
+
+    impl Run {
+        fn new() -> Self {
+            let log = Log::new(Some(MAX_PENDING));
+            let (text, tokens) = Default::default();
+            Self { log, text, tokens, shifts: Vec::new(), progress: Vec::new(), readers: Vec::new() }
+        }
+
+        fn apply(&mut self, op: &Op) {
+            match *op {
+                Op::Append(token, piece) => self.append(token, piece),
+                Op::Progress => self.advance(),
+                Op::Shift(dropped) => {
+                    self.shifts.push((self.text.len(), dropped));
+                    self.log.shifted(0, dropped);
+                }
+                Op::Open(events) => self.open(events),
+                Op::Read(reader) => drop(self.read(reader)),
+                Op::Wait(reader) => self.wait(reader),
+                Op::Close(reader) => self.close(reader),
+            }
+            self.check_wake_ups();
+        }
+
+        fn append(&mut self, with_token: bool, piece: &str) {
+            let token = self.tokens.len() as Token;
+            self.text.push_str(piece);
+            self.tokens.extend(with_token.then_some(token));
+            self.log.append(with_token.then_some(Drawn { token, logprob: None }), piece);
+        }
+
+        fn advance(&mut self) {
+            let processed = self.progress.len();
+            if self.tokens.is_empty() {
+                self.progress.push((self.text.len(), processed));
+            }
+            self.log.progressed(processed, 0, 99);
+        }
+
+        fn open(&mut self, events: bool) {
+            let reader = self.log.open_reader(events);
+            let got = Some(Got { events, ..Got::default() });
+            match self.readers.get_mut(reader) {
+                Some(place) => *place = got,
+                None => self.readers.push(got),
+            }
+        }
+
+        fn close(&mut self, reader: usize) {
+            self.log.close_reader(reader);
+            self.readers.get_mut(reader).map(Option::take);
+        }
+
+        /// Whether there was anything.
+        fn read(&mut self, reader: usize) -> bool {
+            let Some(Some(got)) = self.readers.get_mut(reader) else {
+                assert_eq!((self.log.read(reader), self.log.read_event(reader)), (None, None));
+                return false;
+            };
+            let event = match got.events {
+                true => self.log.read_event(reader),
+                false => self.log.read(reader).map(|text| Event::Text(text, Vec::new())),
+            };
+            got.waiting &= event.is_none();
+            event.is_some_and(|event| {
+                got.take(event);
+                true
+            })
+        }
+
+        /// As an iterator does: it suspends itself only if a read brings nothing.
+        fn wait(&mut self, reader: usize) {
+            let brought_something = self.read(reader);
+            let Some(Some(got)) = self.readers.get_mut(reader) else { return };
+            if !brought_something {
+                got.waiting = true;
+                let over = self.log.outcome.is_some();
+                assert_eq!(self.log.set_waiting(reader, true), over, "nothing to read, so it sleeps");
+            }
+        }
+
+        /// There is a wake-up just when one of those who wait can read on.
+        fn check_wake_ups(&mut self) {
+            let n_notes = self.log.notes.len();
+            let can_go_on = self.readers.iter().zip(&self.log.readers).any(|(got, reader)| {
+                let (Some(got), Some(reader)) = (got, reader) else { return false };
+                got.waiting && (got.text.len() < self.text.len() || (got.events && reader.notes < n_notes))
+            });
+            assert_eq!(self.log.take_news(), can_go_on);
+        }
+
+        fn finish(&mut self) {
+            self.log.finish(outcome());
+            for reader in 0..self.readers.len() {
+                while self.read(reader) {}
+            }
+        }
+
+        fn check(&self) {
+            assert_eq!((&self.log.text, &self.log.tokens), (&self.text, &self.tokens));
+            for got in self.readers.iter().flatten() {
+                assert_eq!(got.text, self.text, "reads join to the text");
+                if got.events {
+                    assert_eq!(got.tokens, self.tokens, "deltas' tokens join to all tokens");
+                    assert_eq!(got.shifts, self.shifts, "shifts come at their places");
+                    self.check_progress(&got.progress);
+                }
+            }
+        }
+
+        /// Some of it, in order and in its place, and always the last.
+        fn check_progress(&self, got: &[(usize, usize)]) {
+            assert!(got.windows(2).all(|pair| pair[0].1 < pair[1].1), "{got:?}");
+            assert!(got.iter().all(|progress| self.progress.contains(progress)), "{got:?} of {:?}", self.progress);
+            assert_eq!(got.last(), self.progress.last());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_reader_gets_everything_once_and_in_order(ops in prop::collection::vec(op(), 0..60)) {
+            let mut run = Run::new();
+            run.open(true);
+            ops.iter().for_each(|op| run.apply(op));
+            run.finish();
+            run.check();
+        }
+    }
+}

@@ -83,3 +83,101 @@ impl Stats {
 fn rate(n: usize, seconds: f64) -> f64 {
     if seconds > 0.0 { n as f64 / seconds } else { 0.0 }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A clock whose moments are so many milliseconds after the first, and that first moment.
+    fn clock(moments: [Option<u64>; 3]) -> (Instant, Clock) {
+        let created = Instant::now();
+        let [admitted, first_token, ended] =
+            moments.map(|moment| moment.map(|moment| created + Duration::from_millis(moment)));
+        (created, Clock { created, admitted, first_token, ended })
+    }
+
+    fn stats(now: u64, moments: [Option<u64>; 3]) -> Stats {
+        let (created, clock) = clock(moments);
+        Stats::at(created + Duration::from_millis(now), &clock, Counts::default())
+    }
+
+    fn times(stats: &Stats) -> [f64; 4] {
+        [stats.queue_time, stats.prefill_time, stats.decode_time, stats.total_time]
+    }
+
+    fn are_near(a: f64, b: f64) -> bool {
+        (a - b).abs() < 1e-6
+    }
+
+    #[test]
+    fn what_waits_has_only_waited() {
+        assert_eq!(times(&stats(500, [None; 3])), [0.5, 0.0, 0.0, 0.5]);
+    }
+
+    #[test]
+    fn what_ended_in_the_queue_waits_no_longer() {
+        assert_eq!(times(&stats(900, [None, None, Some(250)])), [0.25, 0.0, 0.0, 0.25]);
+    }
+
+    #[test]
+    fn a_running_prefill_lasts_until_now() {
+        let stats = stats(500, [Some(125), None, None]);
+        assert_eq!(times(&stats), [0.125, 0.375, 0.0, 0.5]);
+        assert_eq!(stats.time_to_first_token, 0.0, "there is none yet");
+    }
+
+    #[test]
+    fn after_the_end_nothing_changes() {
+        let (created, clock) = clock([Some(125), Some(250), Some(1000)]);
+        let after = |ms| Stats::at(created + Duration::from_millis(ms), &clock, Counts::default());
+        assert_eq!(times(&after(1000)), [0.125, 0.125, 0.75, 1.0]);
+        assert_eq!(after(1000), after(60_000));
+    }
+
+    #[test]
+    fn counts_are_passed_on() {
+        let (created, clock) = clock([None; 3]);
+        let stats = Stats::at(created, &clock, Counts { prompt: 4, cached: 3, predicted: 2, shifted: 1 });
+        let counts = (stats.prompt_tokens, stats.cached_tokens, stats.predicted_tokens, stats.shifted_tokens);
+        assert_eq!(counts, (4, 3, 2, 1));
+    }
+
+    #[test]
+    fn the_first_token_belongs_to_the_prefill() {
+        let stats = Stats { predicted_tokens: 9, decode_time: 2.0, ..Stats::default() };
+        assert_eq!(stats.tokens_per_second(), 4.0);
+        let one = Stats { predicted_tokens: 1, decode_time: 2.0, ..Stats::default() };
+        assert_eq!(one.tokens_per_second(), 0.0);
+    }
+
+    #[test]
+    fn cached_tokens_are_no_speed_of_the_prefill() {
+        let stats = Stats { prompt_tokens: 10, cached_tokens: 4, prefill_time: 3.0, ..Stats::default() };
+        assert_eq!(stats.prompt_tokens_per_second(), 2.0);
+    }
+
+    #[test]
+    fn in_no_time_there_is_no_speed() {
+        let stats = Stats { prompt_tokens: 10, predicted_tokens: 10, ..Stats::default() };
+        assert_eq!((stats.tokens_per_second(), stats.prompt_tokens_per_second()), (0.0, 0.0));
+        assert_eq!((Stats::default().tokens_per_second(), Stats::default().prompt_tokens_per_second()), (0.0, 0.0));
+    }
+
+    proptest! {
+        /// Each moment is so much after the one before it; `n` of them have come.
+        #[test]
+        fn the_phases_add_up_to_the_total_at_every_moment(gaps in any::<[u16; 4]>(), n in 0..4usize) {
+            let mut at = 0;
+            let moments = gaps.map(|gap| { at += u64::from(gap); at });
+            let stats = stats(at, [0, 1, 2].map(|i| (i < n).then_some(moments[i])));
+            let sum = stats.queue_time + stats.prefill_time + stats.decode_time;
+            prop_assert!(are_near(sum, stats.total_time), "{stats:?}");
+            let first = if n > 1 { stats.queue_time + stats.prefill_time } else { 0.0 };
+            prop_assert!(are_near(stats.time_to_first_token, first), "{stats:?}");
+        }
+    }
+}

@@ -70,7 +70,7 @@ WRONG_TYPES: list[tuple[str, Any]] = [
 ]
 
 OUT_OF_RANGE: list[tuple[str, Any, str]] = [
-    ("max_tokens", 0, "None means no limit"),
+    ("max_tokens", -1, "None means no limit"),
     ("max_tokens", -1, "-1"),
     ("max_tokens", 2**31, "2147483647"),
     ("stop", "", "empty"),
