@@ -75,8 +75,9 @@ def check_float(
     # What is nearer to 0 than a normal float32 counts as 0.
     too_low = number <= low or number < MIN_FLOAT if above else number < low
     if too_low or (high is not None and number > high):
+        least = f" ({MIN_FLOAT:.3g} is the least)" if low < number < MIN_FLOAT else ""
         raise ValueError(
-            f"{name} must be {_between(low, high, above=above)}, not {value}{_tail(hint)}"
+            f"{name} must be {_between(low, high, above=above)}{least}, not {value}{_tail(hint)}"
         )
     return number
 

@@ -54,6 +54,13 @@ enum State {
     Paused(Instant),
 }
 
+/// A decode of single tokens, whose cost is known when the next one begins: drawing and handing out count too.
+struct Decoding {
+    started: Instant,
+    previous_width: usize,
+    width: usize,
+}
+
 /// A job with what has become of it.
 struct Running {
     job: Job,
@@ -120,6 +127,8 @@ pub struct Decoder {
     rows: Vec<Option<usize>>,
     spare_rows: Vec<Vec<f32>>,
     previous_width: usize,
+    /// The last step, if it only decoded and the next one follows without waiting.
+    step: Option<Decoding>,
     mean_step: f64,
     /// When the last decode call returned.
     last_step: Instant,
@@ -154,6 +163,7 @@ impl Decoder {
             rows: Vec::with_capacity(n),
             spare_rows: Vec::new(),
             previous_width: 0,
+            step: None,
             mean_step: 0.0,
             last_step: Instant::now(),
             n_steps: 0,
@@ -229,7 +239,7 @@ impl Decoder {
     }
 
     /// How long to wait for the next message.
-    fn patience(&self) -> Patience {
+    fn patience(&mut self) -> Patience {
         let ready = self.any(|running| self.is_ready(running));
         // A straggler that has missed a step is not waited for again.
         let drawing = self.any(|running| running.state == State::Drawing(self.n_steps));
@@ -237,7 +247,10 @@ impl Decoder {
             (true, false) => Patience::None,
             // Rows were handed out: a step begins when all have answered, or without the stragglers.
             (true, true) => Patience::Until(self.grace_ends()),
-            (false, _) => self.next_alarm().map_or(Patience::Forever, Patience::Until),
+            (false, _) => {
+                self.step = None;
+                self.next_alarm().map_or(Patience::Forever, Patience::Until)
+            }
         }
     }
 
@@ -767,6 +780,7 @@ impl Decoder {
     fn decode(&mut self) {
         self.fill_batch();
         let started = Instant::now();
+        self.learn(started);
         let private = self.private.as_mut().filter(|private| private.slot == self.takes.first().map(|take| take.slot));
         let context = private.map_or(&mut self.context, |private| &mut private.context);
         let outcome = context.decode(&mut self.batch, &self.cancel);
@@ -775,7 +789,7 @@ impl Decoder {
         self.shared.stats.decode_nanoseconds(elapsed.as_nanos() as u64);
         match outcome {
             Ok(Decoded::Done) => {
-                self.learn(elapsed.as_secs_f64());
+                self.note_width(started, elapsed);
                 self.advance();
             }
             Ok(Decoded::NoRoom) => self.no_room(),
@@ -808,14 +822,21 @@ impl Decoder {
         }
     }
 
-    /// Remembers what a decode of this width cost. Prompt chunks say nothing about that.
-    fn learn(&mut self, seconds: f64) {
+    /// Remembers what the last step cost, from its beginning to that of this one.
+    fn learn(&mut self, now: Instant) {
+        if let Some(Decoding { started, previous_width, width }) = self.step.take() {
+            self.cost.record(previous_width, width, (now - started).as_secs_f64());
+        }
+    }
+
+    /// Notes a step that only decoded. Prompt chunks say nothing about widths.
+    fn note_width(&mut self, started: Instant, elapsed: Duration) {
         let width = self.takes.len();
         let only_decoding = self.work.iter().all(|work| work.phase == Phase::Decode && !work.alone);
         if only_decoding && self.batch.len() == width {
-            self.cost.record(self.previous_width, width, seconds);
+            self.step = Some(Decoding { started, previous_width: self.previous_width, width });
             self.previous_width = width;
-            self.mean_step += (seconds - self.mean_step) * 0.1;
+            self.mean_step += (elapsed.as_secs_f64() - self.mean_step) * 0.1;
         } else {
             self.previous_width = 0;
         }

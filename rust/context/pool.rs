@@ -301,7 +301,9 @@ mod tests {
     #[test]
     fn closing_tells_all_who_wait_and_all_who_come() {
         let (pool, diary) = (busy(1), Diary::default());
-        (0..2).for_each(|name| drop(pool.take(0, None, writes(&diary, name))));
+        for name in 0..2 {
+            pool.take(0, None, writes(&diary, name));
+        }
         pool.close();
         pool.close();
         pool.take(0, None, writes(&diary, 2));

@@ -199,7 +199,7 @@ mod tests {
     #[test]
     fn each_target_comes_once_in_the_order_of_its_first_news() {
         let (hub, targets) = hub_and_targets(3);
-        [2, 0, 2, 1, 0].map(|i: usize| targets[i].post());
+        [2, 0, 2, 1, 0].into_iter().for_each(|i: usize| targets[i].post());
         assert_eq!(hub.drain(), [targets[2].id(), targets[0].id(), targets[1].id()]);
         assert!(hub.drain().is_empty());
     }

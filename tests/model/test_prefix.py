@@ -39,12 +39,12 @@ owed money to {} different people. When the storm came they were both on the sta
 
 QUESTIONS = (
     (
-        " Question: who kept the lighthouse, and what did she write down every day? Answer: The keeper"
-        " was Irma, who wrote down the name and the flag of every ship."
+        " Question: who kept the lighthouse, and what did she write down every day? Answer:"
+        " The keeper was Irma, who wrote down the name and the flag of every ship."
     ),
     (
-        " The next morning the children of the town found a wooden box on the beach. Inside it there"
-        " lay a map, three silver coins and a letter without a name."
+        " The next morning the children of the town found a wooden box on the beach. Inside it"
+        " there lay a map, three silver coins and a letter without a name."
     ),
 )
 

@@ -1,4 +1,5 @@
 """Wrong input: every bad call has its exception and a message that names value and limit."""
+# ruff: noqa: E501 -- a row of the table stays one line
 
 from __future__ import annotations
 
@@ -136,13 +137,13 @@ async def write_states(files: Path, sequence: Any, model: Any, options: Any) -> 
     ):
         await other.prefill(PROMPT)
         await other.save(files / "other_layout")
-    async with load_model(gguf.tiny_llama(files / "other.gguf", seed=1), **options) as model_two:
-        async with (
-            model_two.create_context(**options) as context,
-            context.sequence() as other,
-        ):
-            await other.prefill(PROMPT)
-            await other.save(files / "other_model")
+    async with (
+        load_model(gguf.tiny_llama(files / "other.gguf", seed=1), **options) as model_two,
+        model_two.create_context(**options) as context,
+        context.sequence() as other,
+    ):
+        await other.prefill(PROMPT)
+        await other.save(files / "other_model")
 
 
 class Bad:
@@ -310,6 +311,7 @@ BAD = [
     Bad("mirostat 3", lambda w: Mirostat(version=3), ValueError, "mirostat.version", "3"),  # type: ignore[arg-type]
     Bad("dynamic temperature below zero", lambda w: DynamicTemperature(-1), ValueError, "range", "-1"),
     Bad("repeat penalty of zero", lambda w: w.complete(repeat_penalty=0), ValueError, "repeat_penalty", "above 0", "0"),
+    Bad("repeat penalty too small for 32 bits", lambda w: w.complete(repeat_penalty=1e-38), ValueError, "repeat_penalty", "1.18e-38", "1e-38"),
     Bad("presence penalty over two", lambda w: RepeatPenalty(presence_penalty=2.5), ValueError, "between -2 and 2", "2.5"),
     Bad("token batching of nothing", lambda w: TokenBatching(tokens=0), ValueError, "token_batching.tokens", "0"),
     Bad("bias of a token over the vocabulary", lambda w: w.complete(logit_bias={SIZE: 1.0}), ValueError, "logit_bias", "928", "929"),

@@ -41,6 +41,8 @@ class Kind:
     """A prefix of one sequence serves another."""
     cuts: bool = False
     """The end of a sequence can be taken off."""
+    copies: bool = True
+    """A state that was taken out and put back is whole: llama.cpp leaves out what a window hides."""
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -50,7 +52,15 @@ class Kind:
 KINDS = (
     Kind("plain", tiny_llama, "attention", shares=True, cuts=True),
     Kind("split", tiny_llama, "attention", cuts=True, options={"kv_unified": False}),
-    Kind("full window", tiny_sliding_window, "attention", shares=True, cuts=True),
+    Kind("full window", tiny_sliding_window, "attention", shares=True, cuts=True, copies=False),
+    Kind(
+        "split full window",
+        tiny_sliding_window,
+        "attention",
+        cuts=True,
+        copies=False,
+        options={"kv_unified": False},
+    ),
     Kind("window", tiny_sliding_window, "sliding_window", options={"swa_full": False}),
     Kind(
         "split window",
@@ -214,7 +224,8 @@ async def test_a_fork_goes_on_and_leaves_its_parent(
     await sequence.prefill(tokens)
     async with await sequence.fork() as fork:
         assert fork.tokens == tokens
-        assert context.stats.evaluated_tokens == 300, "shared or copied, not evaluated again"
+        if kind.shares or kind.copies:
+            assert context.stats.evaluated_tokens == 300, "shared or copied, not evaluated again"
         result = await soon(fork.predict([*tokens, *prompt(20, 1)], max_tokens=5))
         assert result.stats.cached_tokens == 300
         await predicts(fork, [*tokens, *prompt(20, 1), *result.tokens[:-1]], model)
@@ -300,7 +311,8 @@ async def test_a_state_is_saved_and_loaded(
     async with context.sequence() as other:
         evaluated = context.stats.evaluated_tokens
         await other.load(tmp_path / "state")
-        assert context.stats.evaluated_tokens == evaluated
+        if kind.copies:
+            assert context.stats.evaluated_tokens == evaluated
         result = await soon(other.predict([*held, *prompt(5, 2)], max_tokens=3))
         assert result.stats.cached_tokens == len(held)
         await predicts(other, [*held, *prompt(5, 2), *result.tokens[:-1]], model)
