@@ -35,8 +35,9 @@ test-rust: build
 
 .PHONY: bench  ## measure beside raw llama.cpp loops, ratios first (some minutes)
 bench: build
-	$(CARGO) bench
+	$(CARGO) bench --bench text
 	$(PYTHON_IN_VENV) -m pytest benches
+	$(PYTHON_IN_VENV) -m benches.ratios $(ARGS)
 
 .PHONY: lint  ## formats, lints, types, and the stub against the built module
 lint: build

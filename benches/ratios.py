@@ -91,10 +91,9 @@ def find_raw() -> Path:
     """Build the bare loop, or take the program that `LLAMACTOR_RAW_LOOP` names."""
     if given := os.environ.get("LLAMACTOR_RAW_LOOP"):
         return Path(given)
-    cargo = shutil.which("cargo")
-    if cargo is None:
+    if shutil.which("cargo") is None:
         raise SystemExit("cargo is not on PATH; name the bare loop with --raw")
-    command = [cargo, "bench", "--bench", "raw", "--no-run", "--message-format", "json"]
+    command = [str(ROOT / ".ci" / "cargo"), "bench", "--bench", "raw", "--no-run", "--message-format", "json"]
     built = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     messages = [json.loads(line) for line in built.stdout.splitlines()]
     return Path(next(m["executable"] for m in reversed(messages) if m.get("executable")))

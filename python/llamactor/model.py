@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """What a model is."""
+    """What a model is; of a vocabulary alone, sizes and counts of layers are 0."""
 
     architecture: str
     """Architecture, such as "llama"."""

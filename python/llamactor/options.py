@@ -112,7 +112,8 @@ def _check_breaker(name: str, text: object) -> None:
     size = len(check.check_text(name, text, empty=False).encode())
     if size > MAX_BREAKER_BYTES or "\0" in str(text):
         raise ValueError(
-            f"{name} is {text!r}, {size} bytes; at most {MAX_BREAKER_BYTES} without NUL are possible"
+            f"{name} is {text!r}, {size} bytes; "
+            f"at most {MAX_BREAKER_BYTES} bytes without NUL are possible"
         )
 
 

@@ -19,7 +19,7 @@
 /// A narrower width must make the round shorter by this factor, and a wider one is taken when its
 /// round is at most longer by it than the best. So, trials aside, a round takes at most `1 + MARGIN`
 /// of the shortest round known: nobody waits much longer for a turn than at the best width.
-pub const MARGIN: f64 = 0.02;
+pub const MARGIN: f64 = 0.04;
 
 /// The share of the running time that repeated trials may lose.
 pub const TRIAL_SHARE: f64 = 0.015;

@@ -749,6 +749,7 @@ impl Decoder {
     /// are evaluated again.
     fn close_gap(&mut self, slot: Slot, start: usize, n: usize) {
         let end = start + n;
+        self.blocked = false;
         if let Some(private) = self.private.as_mut().filter(|private| private.slot == Some(slot)) {
             return private.close_gap(start, n, self.can.shift);
         }
@@ -932,6 +933,8 @@ impl Decoder {
             Step::Pause(token) => {
                 running.job.tokens.push(token);
                 running.state = State::Paused(Instant::now());
+                // Its cells can go to those who wait.
+                self.blocked = false;
             }
             Step::Stop => self.end(slot, End::Done),
         }
@@ -976,6 +979,7 @@ impl Decoder {
     /// Micro-batches before an abort stay: find out what each sequence holds now.
     fn resynchronise(&mut self) {
         self.changed = true;
+        self.blocked = false;
         for index in 0..self.takes.len() {
             let take = self.takes[index];
             self.resynchronise_one(take);

@@ -1,6 +1,7 @@
 //! A loaded model file: read-only weights and vocabulary, shared by all contexts and threads.
 
 use std::ffi::{CStr, CString, c_char, c_void};
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::ptr::{NonNull, null_mut};
@@ -45,6 +46,17 @@ impl OverrideValue {
             Self::Int(value) => Value::I64(*value),
             Self::Float(value) => Value::F64(*value),
             Self::Str(value) => Value::String(value.clone()),
+        }
+    }
+}
+
+impl fmt::Display for OverrideValue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bool(value) => value.fmt(f),
+            Self::Int(value) => value.fmt(f),
+            Self::Float(value) => value.fmt(f),
+            Self::Str(value) => value.fmt(f),
         }
     }
 }

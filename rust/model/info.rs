@@ -36,8 +36,11 @@ pub struct ModelInfo {
 }
 
 impl ModelInfo {
-    pub(super) fn new(model: &Model, header: &Header, path: &Path) -> Self {
-        let text = |key| header.get(key).and_then(|value| value.as_str()).map(str::to_owned);
+    pub(super) fn new(model: &Model, header: &Header, path: &Path, params: &LoadParams) -> Self {
+        let overridden =
+            |key: &str| params.overrides.iter().find(|(name, _)| name == key).map(|(_, value)| value.to_string());
+        let text =
+            |key| overridden(key).or_else(|| header.get(key).and_then(|value| value.as_str()).map(str::to_owned));
         let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
         Self {
             architecture: header.architecture().unwrap_or_default().to_owned(),

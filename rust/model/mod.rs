@@ -2,13 +2,14 @@
 
 mod info;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use info::ModelInfo;
 
 use crate::error::{Error, Result};
-use crate::llama::{self, LoadParams, Token, gguf};
+use crate::llama::{self, LoadParams, OverrideValue, Token, gguf};
 
 /// A loaded model, its description and what tells it from others.
 pub struct Model {
@@ -16,6 +17,7 @@ pub struct Model {
     info: ModelInfo,
     fingerprint: u128,
     path: PathBuf,
+    overrides: Vec<(String, OverrideValue)>,
     eog_tokens: Vec<Token>,
     suppressed_tokens: Vec<Token>,
 }
@@ -35,12 +37,13 @@ impl Model {
         }
         let llama = Arc::new(llama::Model::load(path, params, on_progress)?);
         Ok(Self {
-            info: ModelInfo::new(&llama, &header, path),
+            info: ModelInfo::new(&llama, &header, path, params),
             fingerprint: info::fingerprint(&header, path, params)?,
             eog_tokens: (0..llama.n_vocab() as Token).filter(|&token| llama.is_eog(token)).collect(),
             suppressed_tokens: llama.suppressed_tokens(),
             llama,
             path: path.to_owned(),
+            overrides: params.overrides.clone(),
         })
     }
 
@@ -100,6 +103,14 @@ impl Model {
         let before = self.llama.tokenize("\n", false, false)?;
         let after = self.llama.tokenize(&format!("\n{text}"), false, parse_special)?;
         Ok(after.strip_prefix(before.as_slice()).map_or(tokens, <[Token]>::to_vec))
+    }
+
+    /// The scalars of the file's header as text, with the overrides in place of what they replaced.
+    #[must_use]
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        let mut metadata: BTreeMap<_, _> = self.llama.metadata().into_iter().collect();
+        metadata.extend(self.overrides.iter().map(|(key, value)| (key.clone(), value.to_string())));
+        metadata
     }
 
     /// The file it came from.

@@ -99,7 +99,7 @@ impl Model {
     }
 
     fn metadata(&self) -> PyResult<BTreeMap<String, String>> {
-        Ok(self.open()?.llama().metadata().into_iter().collect())
+        Ok(self.open()?.metadata())
     }
 
     fn special_tokens(&self) -> PyResult<BTreeMap<&'static str, Option<Token>>> {

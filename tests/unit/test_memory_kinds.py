@@ -42,7 +42,7 @@ class Kind:
     cuts: bool = False
     """The end of a sequence can be taken off."""
     copies: bool = True
-    """A state that was taken out and put back is whole: llama.cpp leaves out what a window hides."""
+    """A state that is taken out is whole: llama.cpp leaves out what a window hides."""
     options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -348,6 +348,22 @@ async def test_sequences_predict_side_by_side(kind: Kind, model: Model, context:
         assert len(result.tokens) == 40
         await predicts(each, [*tokens, *result.tokens[:-1]], model)
         await each.aclose()
+
+
+async def test_a_deterministic_prediction_repeats(
+    kind: Kind, model: Model, context: Context, sequence: Sequence
+) -> None:
+    tokens = prompt(150)
+    async with context.sequence() as other:
+        await other.prefill([*tokens[:100], *prompt(60, 1)])
+        results = []
+        for each in (sequence, other, sequence):
+            prediction = each.predict(tokens, deterministic=True, max_tokens=20, logprobs=2)
+            results.append(await soon(prediction))
+        assert results[0].logprobs == results[1].logprobs == results[2].logprobs
+        held = [*tokens, *results[0].tokens[:-1]]
+        await predicts(other, held, model)
+        await predicts(sequence, held, model)
 
 
 async def test_a_cancel_in_the_middle_leaves_what_is_right(

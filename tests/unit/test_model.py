@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,12 @@ ODD = st.lists(
     max_size=40,
 ).map("".join)
 TEXT = st.one_of(ANYTHING, ODD)
+
+
+def without_what_the_default_model_lacks(text: str) -> str:
+    """Its vocabulary has no tokens for the bytes 04, 06, 13, 14, 16, 1D, F1 and F2."""
+    return re.sub("[\x04\x06\x13\x14\x16\x1d\U00040000-\U000bffff]", "", text)
+
 
 QUICK = settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -203,10 +210,9 @@ async def test_sentence_pieces_give_the_text_back(spm: Model, text: str) -> None
 
 
 @pytest.mark.model
-@given(text=st.one_of(st.text(st.characters(codec="utf-8", max_codepoint=0x3FFFF)), ODD))
+@given(text=TEXT.map(without_what_the_default_model_lacks))
 @QUICK
 async def test_the_default_model_gives_the_text_back(words: Model, text: str) -> None:
-    # Its vocabulary has no tokens for the bytes that begin the characters from U+40000 on.
     tokens = words.tokenize(text)
     assert words.detokenize(tokens) == text
     assert words.detokenize(words.tokenize(text, special=True), special=True) == text

@@ -631,7 +631,7 @@ async def test_closing_the_model_fails_its_predictions(
 
 
 async def test_an_error_of_a_callback_is_the_failure(sequence: Sequence) -> None:
-    def processor(tokens: list[int], logits: memoryview) -> None:
+    def processor(tokens: list[int], logits: memoryview[float]) -> None:
         raise ZeroDivisionError("mine")
 
     prediction = sequence.predict("once", logits_processor=processor)

@@ -313,6 +313,61 @@ async def test_a_full_context_makes_room_and_goes_on(shallow_path: Path, overflo
         await remembers(sequence, held[:60], model)
 
 
+async def test_a_rolling_window_beside_others_in_few_cells(tiny_model: Model) -> None:
+    async with opened(tiny_model, 200, 3) as (context, sequences):
+        prompts = [prompt(40 + 20 * i, i) for i in range(3)]
+        running = [
+            sequence.predict(tokens, overflow="rolling_window", max_tokens=250)
+            for sequence, tokens in zip(sequences, prompts, strict=True)
+        ]
+        for prediction, tokens in zip(running, prompts, strict=True):
+            pieces = await soon(collect(prediction))
+            result = await soon(prediction)
+            assert len(result.tokens) == 250
+            assert "".join(pieces) == result.content == tiny_model.detokenize(result.tokens)
+            assert result.stats.prompt_tokens == len(tokens)
+            assert result.stats.shifted_tokens > 0
+        assert context.stats.cells_used <= 200
+
+
+async def test_a_deterministic_prediction_fills_its_context_as_others_do(
+    tiny_model: Model,
+) -> None:
+    async with opened(tiny_model, 100, 2) as (_, (one, other)):
+        full = await soon(one.predict(prompt(30), deterministic=True))
+        assert (len(full.tokens), full.stop_reason) == (71, "context_full")
+        options: dict[str, Any] = {
+            "deterministic": True,
+            "overflow": "rolling_window",
+            "max_tokens": 150,
+            "logprobs": 0,
+        }
+        first, second = [await soon(each.predict(prompt(30), **options)) for each in (one, other)]
+        assert len(first.tokens) == 150
+        assert first.tokens[:71] == full.tokens
+        assert bits(first) == bits(second)
+
+
+async def test_after_a_deterministic_prediction_the_sequence_is_like_any_other(
+    tiny_model: Model,
+) -> None:
+    tokens = prompt(100)
+    async with opened(tiny_model, 1024, 3) as (context, (one, *rest)):
+        for each in rest:
+            await each.aclose()
+        result = await soon(one.predict(tokens, deterministic=True, max_tokens=10))
+        held = [*tokens, *result.tokens[:-1]]
+        assert one.tokens == held
+        assert result.stats.prompt_tokens == 100
+        async with await one.fork() as fork:
+            await remembers(fork, held, tiny_model)
+        later = await soon(one.predict([*held, *prompt(5, 1)], max_tokens=3))
+        await plausible(tiny_model, [*held, *prompt(5, 1)], later)
+        await one.erase([(60, len(one.tokens))])
+        await remembers(one, tokens[:60], tiny_model)
+        assert context.stats.cells_used <= 1024
+
+
 async def test_a_shift_leaves_a_fork_alone(tiny_model: Model) -> None:
     async with tiny_model.create_context(context_size=200, sequences=2, threads=1) as context:
         sequence = await context.sequence()

@@ -301,6 +301,21 @@ async def test_moved_cells_of_a_former_holder_serve_nobody(tiny_model: Model) ->
             await remembers(sequence, kept, tiny_model)
 
 
+async def test_moved_cells_stay_private_through_a_file(
+    tiny_model: Model, context: Context, sequence: Sequence, tmp_path: Path
+) -> None:
+    tokens = prompt(200)
+    kept = tokens[:20] + tokens[120:]
+    await sequence.prefill(tokens)
+    await sequence.erase([(20, 120)])
+    await sequence.save(tmp_path / "state")
+    await sequence.clear()
+    await sequence.load(tmp_path / "state")
+    async with context.sequence() as other:
+        assert await other.prefill(kept) >= 80
+        await remembers(other, kept, tiny_model)
+
+
 # --- fork -----------------------------------------------------------------------------------------
 
 
