@@ -156,6 +156,12 @@ impl Cells {
         }
     }
 
+    /// Lets only the first `n` tokens of a sequence serve as a prefix for others.
+    pub fn limit_exact(&mut self, slot: Slot, n: usize) {
+        let row = self.row_mut(slot);
+        row.n_exact = row.n_exact.min(n);
+    }
+
     /// Makes `to`, which is empty, hold the first `n` cells of `from` too.
     ///
     /// # Panics

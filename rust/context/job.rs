@@ -133,6 +133,17 @@ pub enum Reply {
     },
 }
 
+/// What a sequence holds, to be put back.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SavedState {
+    /// Its tokens.
+    pub tokens: Vec<Token>,
+    /// How many of them serve as a prefix for others (see `Cells::exact`).
+    pub n_exact: usize,
+    /// The bytes of its cells.
+    pub bytes: Vec<u8>,
+}
+
 /// A change of a sequence's memory while no job runs on it.
 #[derive(Debug)]
 pub enum MemoryOp {
@@ -145,7 +156,7 @@ pub enum MemoryOp {
     /// Take the tokens and the bytes of the state.
     Save,
     /// Put tokens and state back.
-    Restore(Vec<Token>, Vec<u8>),
+    Restore(SavedState),
 }
 
 /// What a memory operation gives back.
@@ -158,7 +169,7 @@ pub enum MemoryReply {
     /// The sequence's cells had to go to others: evaluate these tokens again, then ask once more.
     Lost(Vec<Token>),
     /// Tokens and state.
-    State(Vec<Token>, Vec<u8>),
+    State(SavedState),
 }
 
 /// Everything the decoder is told.

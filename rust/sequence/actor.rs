@@ -567,14 +567,14 @@ impl Actor {
 
     fn save(&self, holder: Holder, path: &std::path::Path) -> Result<()> {
         match self.change(holder, || MemoryOp::Save)? {
-            MemoryReply::State(tokens, bytes) => state::write(path, self.fingerprint()?, &tokens, &bytes),
+            MemoryReply::State(saved) => state::write(path, self.fingerprint()?, &saved),
             _ => Ok(()),
         }
     }
 
     fn load(&self, holder: Holder, path: &std::path::Path) -> Result<()> {
-        let (tokens, bytes) = state::read(path, self.fingerprint()?)?;
-        match self.change(holder, || MemoryOp::Restore(tokens.clone(), bytes.clone()))? {
+        let saved = state::read(path, self.fingerprint()?)?;
+        match self.change(holder, || MemoryOp::Restore(saved.clone()))? {
             MemoryReply::Reevaluate(tokens) => self.run_job(holder, tokens, Goal::Evaluate, Arc::default()).map(drop),
             _ => Ok(()),
         }

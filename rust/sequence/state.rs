@@ -1,7 +1,7 @@
 //! A sequence's state in a file: tokens, the bytes of its cells, and what they belong to.
 //!
 //! ```text
-//! "LLAMACTOR-STATE\n"  version u32  fingerprint u128  layout hash u64  n_tokens u64  n_bytes u64
+//! "LLAMACTOR-STATE\n"  version u32  fingerprint u128  layout hash u64  n_tokens u64  n_exact u64  n_bytes u64
 //! tokens (i32 each)  state bytes  xxh3-128 of everything before
 //! ```
 //! All little-endian. llama.cpp trusts the bytes it is given, so nothing reaches it that is not exactly what was
@@ -14,12 +14,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
+use crate::context::job::SavedState;
 use crate::error::{Error, Result};
 use crate::llama::Token;
 
 const MAGIC: &[u8; 16] = b"LLAMACTOR-STATE\n";
 const VERSION: u32 = 1;
-const HEADER_BYTES: usize = 16 + 4 + 16 + 8 + 8 + 8;
+const HEADER_BYTES: usize = 16 + 4 + 16 + 8 + 8 + 8 + 8;
 const CHECKSUM_BYTES: usize = 16;
 
 /// Tells the temporary files of this process apart.
@@ -43,8 +44,8 @@ impl Fingerprint {
 }
 
 /// Writes the file at once or not at all.
-pub fn write(path: &Path, fingerprint: Fingerprint, tokens: &[Token], state: &[u8]) -> Result<()> {
-    let bytes = encode(fingerprint, tokens, state);
+pub fn write(path: &Path, fingerprint: Fingerprint, saved: &SavedState) -> Result<()> {
+    let bytes = encode(fingerprint, saved);
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().ok_or_else(|| Error::Value(format!("{} names no file", path.display())))?;
     let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
@@ -63,14 +64,16 @@ fn write_and_rename(temporary: &Path, path: &Path, bytes: &[u8]) -> std::io::Res
     fs::rename(temporary, path)
 }
 
-fn encode(fingerprint: Fingerprint, tokens: &[Token], state: &[u8]) -> Vec<u8> {
+fn encode(fingerprint: Fingerprint, saved: &SavedState) -> Vec<u8> {
+    let SavedState { tokens, n_exact, bytes: state } = saved;
     let mut bytes = Vec::with_capacity(HEADER_BYTES + tokens.len() * 4 + state.len() + CHECKSUM_BYTES);
     bytes.extend_from_slice(MAGIC);
     bytes.extend_from_slice(&VERSION.to_le_bytes());
     bytes.extend_from_slice(&fingerprint.model.to_le_bytes());
     bytes.extend_from_slice(&fingerprint.layout.to_le_bytes());
-    bytes.extend_from_slice(&(tokens.len() as u64).to_le_bytes());
-    bytes.extend_from_slice(&(state.len() as u64).to_le_bytes());
+    for count in [tokens.len(), *n_exact, state.len()] {
+        bytes.extend_from_slice(&(count as u64).to_le_bytes());
+    }
     bytes.extend(tokens.iter().flat_map(|token| token.to_le_bytes()));
     bytes.extend_from_slice(state);
     let checksum = xxh3_128(&bytes);
@@ -82,7 +85,7 @@ fn encode(fingerprint: Fingerprint, tokens: &[Token], state: &[u8]) -> Vec<u8> {
 ///
 /// # Errors
 /// `StateMismatch` for another model, another layout, or a damaged file; `Io` when it cannot be read.
-pub fn read(path: &Path, expected: Fingerprint) -> Result<(Vec<Token>, Vec<u8>)> {
+pub fn read(path: &Path, expected: Fingerprint) -> Result<SavedState> {
     let bytes = read_regular(path)
         .map_err(|source| Error::Io { context: format!("cannot read the state {}", path.display()), source })?;
     decode(&bytes, expected).map_err(|reason| Error::StateMismatch(format!("{}: {reason}", path.display())))
@@ -96,7 +99,7 @@ fn read_regular(path: &Path) -> std::io::Result<Vec<u8>> {
     fs::read(path)
 }
 
-fn decode(bytes: &[u8], expected: Fingerprint) -> Result<(Vec<Token>, Vec<u8>), String> {
+fn decode(bytes: &[u8], expected: Fingerprint) -> Result<SavedState, String> {
     if bytes.len() < HEADER_BYTES + CHECKSUM_BYTES || &bytes[..16] != MAGIC {
         return Err("this is not a saved sequence state, or it was cut off".into());
     }
@@ -122,9 +125,8 @@ fn decode(bytes: &[u8], expected: Fingerprint) -> Result<(Vec<Token>, Vec<u8>), 
     split(content)
 }
 
-fn split(content: &[u8]) -> Result<(Vec<Token>, Vec<u8>), String> {
-    let n_tokens = u64::from_le_bytes(array(content, 44));
-    let n_bytes = u64::from_le_bytes(array(content, 52));
+fn split(content: &[u8]) -> Result<SavedState, String> {
+    let [n_tokens, n_exact, n_bytes] = [44, 52, 60].map(|start| u64::from_le_bytes(array(content, start)));
     let body = &content[HEADER_BYTES..];
     let expected = n_tokens.checked_mul(4).and_then(|tokens| tokens.checked_add(n_bytes));
     if expected != Some(body.len() as u64) {
@@ -132,7 +134,7 @@ fn split(content: &[u8]) -> Result<(Vec<Token>, Vec<u8>), String> {
     }
     let (tokens, state) = body.split_at(n_tokens as usize * 4);
     let tokens = tokens.chunks_exact(4).map(|bytes| Token::from_le_bytes(array(bytes, 0))).collect();
-    Ok((tokens, state.to_vec()))
+    Ok(SavedState { tokens, n_exact: n_exact.min(n_tokens) as usize, bytes: state.to_vec() })
 }
 
 /// `N` bytes at `start`, which the caller knows to be there.
@@ -148,15 +150,19 @@ mod tests {
 
     const HERE: Fingerprint = Fingerprint { model: 7, layout: 9 };
 
+    fn saved(tokens: &[Token], bytes: &[u8]) -> SavedState {
+        SavedState { tokens: tokens.to_vec(), n_exact: tokens.len() / 2, bytes: bytes.to_vec() }
+    }
+
     #[test]
     fn a_state_comes_back_as_it_was() {
-        let bytes = encode(HERE, &[1, -2, 3], b"state");
-        assert_eq!(decode(&bytes, HERE), Ok((vec![1, -2, 3], b"state".to_vec())));
+        let state = saved(&[1, -2, 3], b"state");
+        assert_eq!(decode(&encode(HERE, &state), HERE), Ok(state));
     }
 
     #[test]
     fn every_changed_byte_is_noticed() {
-        let bytes = encode(HERE, &[1, 2], b"state");
+        let bytes = encode(HERE, &saved(&[1, 2], b"state"));
         for index in 0..bytes.len() {
             let mut damaged = bytes.clone();
             damaged[index] ^= 1;
@@ -166,13 +172,13 @@ mod tests {
 
     #[test]
     fn every_truncation_is_noticed() {
-        let bytes = encode(HERE, &[1, 2], b"state");
+        let bytes = encode(HERE, &saved(&[1, 2], b"state"));
         assert!((0..bytes.len()).all(|length| decode(&bytes[..length], HERE).is_err()));
     }
 
     #[test]
     fn another_model_or_layout_is_refused() {
-        let bytes = encode(HERE, &[1], b"");
+        let bytes = encode(HERE, &saved(&[1], b""));
         assert!(decode(&bytes, Fingerprint { model: 8, ..HERE }).unwrap_err().contains("another model"));
         assert!(decode(&bytes, Fingerprint { layout: 8, ..HERE }).unwrap_err().contains("another layout"));
     }

@@ -462,7 +462,7 @@ async def test_a_mebibyte_of_one_thing_is_tokenised_by_the_default_model(text: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["a", " ", "\u0301"], ids=["letters", "spaces", "combining marks"])
+@pytest.mark.parametrize("text", ["a", " "], ids=["letters", "spaces"])
 async def test_the_longest_text_is_tokenised(vocabulary: Model, text: str) -> None:
     long = repeated(text, 16 * MIB)
     async with asyncio.timeout(2 * PATIENCE):

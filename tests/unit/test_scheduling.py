@@ -78,21 +78,22 @@ async def unbroken(
 # --- turns ----------------------------------------------------------------------------------------
 
 
-async def test_predictions_run_side_by_side(tiny_model: Model) -> None:
+async def test_predictions_run_side_by_side(tiny_model_path: Path) -> None:
     """Every one's first piece comes before any one's last."""
-    order: list[tuple[int, str]] = []
+    order: list[str] = []
 
-    async def read(number: int) -> None:
-        prediction = tiny_model.complete(prompt(20, number), max_tokens=100)
-        first = True
+    async def read(prediction: Prediction) -> None:
         async for _ in prediction:
-            if first:
-                order.append((number, "first"))
-                first = False
-        order.append((number, "last"))
+            if prediction not in begun:
+                begun.add(prediction)
+                order.append("first")
+        order.append("last")
 
-    await soon(asyncio.gather(*(read(number) for number in range(8))))
-    assert [what for _, what in order[:8]] == ["first"] * 8
+    begun: set[Prediction] = set()
+    async with llamactor.load_model(tiny_model_path, context_size=8192, threads=1) as model:
+        running = [model.complete(prompt(20, number), max_tokens=500) for number in range(8)]
+        await soon(asyncio.gather(*map(read, running)))
+    assert order == ["first"] * 8 + ["last"] * 8
 
 
 async def test_a_long_prompt_does_not_stop_those_who_generate(tiny_model: Model) -> None:

@@ -1,0 +1,268 @@
+//! What happens to the cells of a sequence: reuse, checkpoints, eviction, and what its holder asks for.
+
+use std::sync::mpsc::Sender;
+
+use super::super::cache::{Reuse, Slot, merged_ranges, plan_reuse};
+use super::super::job::{End, Goal, Holder, MemoryOp, MemoryReply, SavedState};
+use super::{CHECKPOINTS, Checkpoint, Decoder, State, overflow};
+use crate::error::{Error, Result};
+
+impl Decoder {
+    /// The longest usable prefix of the job's tokens, wherever it is.
+    pub(super) fn plan_reuse(&self, slot: Slot) -> Reuse {
+        let sequence = &self.sequences[slot as usize];
+        let Some(running) = sequence.running.as_ref() else { return Reuse::Own(0) };
+        let wanted = &running.job.tokens;
+        let limit = match running.job.goal {
+            _ if running.job.alone => 0,
+            Goal::Evaluate => wanted.len(),
+            // Its row is wanted, so the last token must be evaluated.
+            Goal::Generate(_) => wanted.len() - 1,
+            Goal::Score(from) => from.saturating_sub(1),
+        };
+        let lengths: Vec<usize> = sequence.checkpoints.iter().map(|checkpoint| checkpoint.length).collect();
+        let same_holder = sequence.holder == running.job.holder;
+        plan_reuse(&self.cells, slot, &wanted[..limit.min(wanted.len())], same_holder, self.can, &lengths)
+    }
+
+    /// Makes that prefix the content of the job's sequence.
+    pub(super) fn apply_reuse(&mut self, slot: Slot, reuse: Reuse) {
+        self.take_over(slot);
+        match reuse {
+            Reuse::Own(n) => self.truncate(slot, n),
+            Reuse::Share { from, n } => self.share(from, slot, n),
+            Reuse::Checkpoint(length) => self.roll_back(slot, length),
+        }
+    }
+
+    /// The cells are the job's from now on.
+    pub(super) fn take_over(&mut self, slot: Slot) {
+        let sequence = &mut self.sequences[slot as usize];
+        if let Some(running) = &sequence.running {
+            sequence.holder = running.job.holder;
+            sequence.lost.clear();
+        }
+    }
+
+    /// Keeps the first `n` tokens, or none where the memory cannot remove a tail.
+    pub(super) fn truncate(&mut self, slot: Slot, n: usize) {
+        if n >= self.cells.len(slot) {
+            return;
+        }
+        self.changed = true;
+        let kept = if self.can.remove_tail || n == 0 { n } else { 0 };
+        let removed = self.context.remove_from(slot, kept);
+        let kept = if removed { kept } else { 0 };
+        if !removed {
+            self.context.remove_from(slot, 0);
+        }
+        self.cells.truncate(slot, kept);
+        self.sequences[slot as usize].checkpoints.retain(|checkpoint| checkpoint.length <= kept);
+    }
+
+    pub(super) fn share(&mut self, from: Slot, to: Slot, n: usize) {
+        self.truncate(to, 0);
+        self.changed = true;
+        self.context.copy(from, to, Some(n));
+        self.cells.share(from, to, n);
+        self.shared.stats.copied_tokens(n as u64);
+    }
+
+    /// Goes back to a saved state; to nothing when llama.cpp refuses it.
+    pub(super) fn roll_back(&mut self, slot: Slot, length: usize) {
+        let sequence = &mut self.sequences[slot as usize];
+        sequence.checkpoints.retain(|checkpoint| checkpoint.length <= length);
+        let Some(checkpoint) = sequence.checkpoints.iter().find(|checkpoint| checkpoint.length == length) else {
+            return self.truncate(slot, 0);
+        };
+        let restored = self.context.restore_sequence(slot, &checkpoint.bytes, true)
+            && self.context.remove_from(slot, length)
+            && self.context.last_position(slot) == length as i32 - 1;
+        if restored {
+            self.cells.truncate(slot, length);
+        } else {
+            self.truncate(slot, 0);
+        }
+    }
+
+    /// Saves the state after a prompt, where it could not be reached again otherwise.
+    pub(super) fn checkpoint(&mut self, slot: Slot) {
+        if !self.can.checkpoints {
+            return;
+        }
+        let length = self.cells.len(slot);
+        let Ok(bytes) = self.context.sequence_state(slot, true) else { return };
+        let checkpoints = &mut self.sequences[slot as usize].checkpoints;
+        checkpoints.retain(|checkpoint| checkpoint.length != length);
+        if checkpoints.len() == CHECKPOINTS {
+            checkpoints.remove(0);
+        }
+        checkpoints.push(Checkpoint { length, bytes });
+    }
+
+    /// Sequences that can be cleared: idle ones, and those whose job is paused or waits, which are evaluated again.
+    pub(super) fn evictable(&self, except: Slot) -> impl Iterator<Item = Slot> {
+        (0..self.sequences.len() as Slot).filter(move |&slot| {
+            let running = self.sequences[slot as usize].running.as_ref();
+            let resting = running.is_none_or(|running| matches!(running.state, State::Paused(_) | State::Waiting));
+            slot != except && resting && !self.cells.is_empty(slot)
+        })
+    }
+
+    /// Clears the sequence that was used longest ago, idle ones first. False when there is none.
+    pub(super) fn evict_one(&mut self, except: Slot) -> bool {
+        let oldest = self.evictable(except).min_by_key(|&slot| {
+            let sequence = &self.sequences[slot as usize];
+            (sequence.running.is_some(), !self.shared.pool.is_free(slot), sequence.last_used)
+        });
+        let Some(slot) = oldest else { return false };
+        self.lose(slot);
+        match self.running(slot) {
+            Some(_) => self.shared.stats.preemptions(1),
+            None => self.shared.stats.evictions(1),
+        }
+        true
+    }
+
+    /// Takes a sequence's cells; it goes on to stand for their tokens.
+    pub(super) fn lose(&mut self, slot: Slot) {
+        self.sequences[slot as usize].lost = self.cells.tokens(slot).to_vec();
+        self.truncate(slot, 0);
+    }
+
+    /// No token of any job has a cell: evict an idle prefix, else let the newest of the lowest priority wait.
+    pub(super) fn make_room(&mut self) {
+        if self.evict_one(Slot::MAX) {
+            return;
+        }
+        let evaluating = || self.slots(|running| running.state == State::Evaluating && !running.job.alone);
+        let newest = evaluating().min_by_key(|&(_, running)| (running.job.priority, std::cmp::Reverse(running.order)));
+        let Some((slot, _)) = newest else { return };
+        if evaluating().count() > 1 || self.any(|running| matches!(running.state, State::Drawing(_))) {
+            self.preempt(slot);
+        } else {
+            self.end(slot, End::ContextFull);
+        }
+    }
+
+    /// Takes a job's cells; it is evaluated again when there is room, and its output goes on unbroken.
+    pub(super) fn preempt(&mut self, slot: Slot) {
+        self.lose(slot);
+        if let Some(running) = self.running(slot) {
+            running.state = State::Waiting;
+            running.scores.clear();
+        }
+        self.shared.stats.preemptions(1);
+    }
+
+    pub(super) fn change_memory(
+        &mut self,
+        slot: Slot,
+        holder: Holder,
+        op: MemoryOp,
+        reply: &Sender<Result<MemoryReply>>,
+    ) {
+        let outcome = self.changed_memory(slot, holder, op);
+        self.changed = true;
+        self.publish();
+        let _ = reply.send(outcome);
+    }
+
+    pub(super) fn changed_memory(&mut self, slot: Slot, holder: Holder, op: MemoryOp) -> Result<MemoryReply> {
+        let sequence = &mut self.sequences[slot as usize];
+        if sequence.holder != holder {
+            sequence.holder = holder;
+            sequence.lost.clear();
+            self.truncate(slot, 0);
+        }
+        let lost = std::mem::take(&mut self.sequences[slot as usize].lost);
+        let replaces = matches!(op, MemoryOp::Clear | MemoryOp::Restore(..));
+        if !lost.is_empty() && !replaces {
+            return Ok(MemoryReply::Lost(lost));
+        }
+        match op {
+            MemoryOp::Clear => {
+                self.truncate(slot, 0);
+                Ok(MemoryReply::Done)
+            }
+            MemoryOp::Erase(ranges) => Ok(self.erase(slot, &ranges)),
+            MemoryOp::CopyTo(to, holder) => {
+                self.sequences[to as usize].holder = holder;
+                self.sequences[to as usize].lost.clear();
+                Ok(self.copy_to(slot, to))
+            }
+            MemoryOp::Save => self.saved(slot).map(MemoryReply::State),
+            MemoryOp::Restore(state) => self.restore(slot, &state),
+        }
+    }
+
+    pub(super) fn erase(&mut self, slot: Slot, ranges: &[(usize, usize)]) -> MemoryReply {
+        let mut wanted = self.cells.tokens(slot).to_vec();
+        for range in merged_ranges(ranges, wanted.len()).into_iter().rev() {
+            wanted.drain(range.clone());
+            self.close_gap(slot, range.start, range.len());
+        }
+        if self.cells.len(slot) == wanted.len() { MemoryReply::Done } else { MemoryReply::Reevaluate(wanted) }
+    }
+
+    /// Shares cells where possible; else copies the whole state; else the copy is evaluated again.
+    pub(super) fn copy_to(&mut self, from: Slot, to: Slot) -> MemoryReply {
+        self.truncate(to, 0);
+        let n = self.cells.len(from);
+        if n == 0 {
+            return MemoryReply::Done;
+        }
+        if self.can.share_prefix {
+            self.share(from, to, n);
+            return MemoryReply::Done;
+        }
+        let fits = self.can.restore && self.cells.n_free() >= n;
+        let copied = fits && self.saved(from).is_ok_and(|state| self.put(to, &state));
+        match copied {
+            true => MemoryReply::Done,
+            false => MemoryReply::Reevaluate(self.cells.tokens(from).to_vec()),
+        }
+    }
+
+    fn saved(&mut self, slot: Slot) -> Result<SavedState> {
+        let bytes = self.context.sequence_state(slot, false)?;
+        Ok(SavedState { tokens: self.cells.tokens(slot).to_vec(), n_exact: self.cells.exact(slot).len(), bytes })
+    }
+
+    /// Puts a saved state in place of what the sequence holds; one that is refused changes nothing.
+    fn restore(&mut self, slot: Slot, state: &SavedState) -> Result<MemoryReply> {
+        let (n_tokens, limit) = (state.tokens.len(), self.cells.per_slot());
+        if n_tokens > limit {
+            return Err(overflow(n_tokens, limit));
+        }
+        let returned = self.cells.n_private_from(slot, 0);
+        self.free_cells(slot, n_tokens.saturating_sub(returned));
+        if !self.can.restore || n_tokens > self.cells.n_free() + returned {
+            // Evaluated instead, for which it waits its turn.
+            return Ok(MemoryReply::Reevaluate(state.tokens.clone()));
+        }
+        let before = self.saved(slot)?;
+        self.truncate(slot, 0);
+        if self.put(slot, state) {
+            return Ok(MemoryReply::Done);
+        }
+        if !self.put(slot, &before) {
+            self.sequences[slot as usize].lost = before.tokens;
+        }
+        Err(Error::StateMismatch("llama.cpp refused the saved state; evaluate the prompt again".into()))
+    }
+
+    /// Fills an empty sequence with a state; false, and empty, when llama.cpp refuses it.
+    fn put(&mut self, slot: Slot, state: &SavedState) -> bool {
+        let fits = state.tokens.is_empty()
+            || (self.context.restore_sequence(slot, &state.bytes, false)
+                && self.context.last_position(slot) == state.tokens.len() as i32 - 1);
+        if fits {
+            self.cells.append(slot, &state.tokens);
+            self.cells.limit_exact(slot, state.n_exact);
+        } else {
+            self.context.remove_from(slot, 0);
+        }
+        fits
+    }
+}
