@@ -93,7 +93,15 @@ def find_raw() -> Path:
         return Path(given)
     if shutil.which("cargo") is None:
         raise SystemExit("cargo is not on PATH; name the bare loop with --raw")
-    command = [str(ROOT / ".ci" / "cargo"), "bench", "--bench", "raw", "--no-run", "--message-format", "json"]
+    command = [
+        str(ROOT / ".ci" / "cargo"),
+        "bench",
+        "--bench",
+        "raw",
+        "--no-run",
+        "--message-format",
+        "json",
+    ]
     built = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     messages = [json.loads(line) for line in built.stdout.splitlines()]
     return Path(next(m["executable"] for m in reversed(messages) if m.get("executable")))

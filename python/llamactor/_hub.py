@@ -169,6 +169,7 @@ def running_loop(what: str) -> asyncio.AbstractEventLoop:
 def check_loop(loop: asyncio.AbstractEventLoop, what: str) -> None:
     """Raise `RuntimeError` unless `loop` is the running one."""
     if running_loop(what) is not loop:
+        require_own_process()
         raise RuntimeError(
             f"{what} is bound to the event loop it was created in, which is not the running one"
         )

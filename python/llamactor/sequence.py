@@ -120,6 +120,7 @@ class Sequence:
             BusyError: no sequence became free in time.
         """
         limit = check.check_timeout("timeout", timeout)
+        check_loop(self._loop, "a sequence")
         try:
             async with asyncio.timeout(limit or None):
                 native = await self._run(

@@ -147,10 +147,11 @@ fn open_and_run(
     messages: Receiver<Message>,
     report: Sender<Result<Arc<Shared>>>,
 ) {
-    let context = match llama::Context::new(Arc::clone(model.llama()), &params) {
-        Ok(context) => context,
-        Err(error) => return drop(report.send(Err(error))),
-    };
+    let context =
+        match require_memory(&model, &params).and_then(|()| llama::Context::new(Arc::clone(model.llama()), &params)) {
+            Ok(context) => context,
+            Err(error) => return drop(report.send(Err(error))),
+        };
     let shared = Arc::new(share(model, &params, &context, inbox));
     let decoder = decoder::Decoder::new(Arc::clone(&shared), context, params, messages);
     if report.send(Ok(Arc::clone(&shared))).is_ok() {
@@ -160,6 +161,26 @@ fn open_and_run(
     }
     shared.model.lock().unwrap_or_else(PoisonError::into_inner).take();
     shared.ended.open();
+}
+
+/// Refuses a cache that is larger than all memory there is, before the system has to end somebody for it.
+fn require_memory(model: &Model, params: &ContextParams) -> Result<()> {
+    let llama = model.llama();
+    if llama.is_recurrent() || llama.n_head() == 0 {
+        return Ok(());
+    }
+    let width = llama.n_embd() as u64 / llama.n_head() as u64 * llama.n_head_kv() as u64;
+    // Two values, of half a byte at least, for each layer.
+    let bytes = u64::from(params.n_ctx) * llama.n_layer() as u64 * width;
+    let total: u64 = llama::devices().iter().map(|device| device.memory_total as u64).sum();
+    if bytes > total {
+        return Err(Error::InsufficientMemory(format!(
+            "a context of {} tokens needs {bytes} bytes at least for its cache, but there are {total} bytes of memory \
+             in all; choose a smaller context_size",
+            params.n_ctx
+        )));
+    }
+    Ok(())
 }
 
 fn share(model: Arc<Model>, params: &ContextParams, context: &llama::Context, inbox: Sender<Message>) -> Shared {

@@ -395,9 +395,11 @@ impl Context {
     /// Whether positions of this memory can be moved (`llama_memory_can_shift`).
     #[must_use]
     pub fn can_shift(&self) -> bool {
-        // Moving cells rotates their keys, which ggml cannot do in BF16: it would abort in the next decode.
+        // Moving cells rotates their keys. ggml cannot do that in BF16 and reads beyond quantised rows of some widths:
+        // it would abort or crash in the next decode.
+        let rotates = matches!(self.type_k, None | Some(KvType::F16 | KvType::F32));
         // SAFETY: the context is alive.
-        self.type_k != Some(KvType::Bf16) && unsafe { sys::llama_memory_can_shift(self.memory()) }
+        rotates && unsafe { sys::llama_memory_can_shift(self.memory()) }
     }
 
     /// Removes the cells of positions `from..` of a sequence; false where this memory cannot remove a part.
@@ -517,11 +519,15 @@ fn state_flags(partial: bool) -> u32 {
 
 fn creation_failure(params: &ContextParams) -> Error {
     let reason = log::take_last_error();
-    let reason = if reason.is_empty() { "llama.cpp gave no reason".to_owned() } else { reason };
-    Error::InsufficientMemory(format!(
-        "cannot create a context of {} tokens for {} sequences: {reason}; a smaller context_size or kv_type may work",
-        params.n_ctx, params.n_seq_max
-    ))
+    let what = format!("cannot create a context of {} tokens for {} sequences", params.n_ctx, params.n_seq_max);
+    let of_memory = ["alloc", "memory", "buffer"].iter().any(|word| reason.contains(word));
+    match (reason.is_empty(), of_memory) {
+        (true, _) => {
+            Error::InsufficientMemory(format!("{what}: llama.cpp gave no reason; a smaller context_size may work"))
+        }
+        (_, true) => Error::InsufficientMemory(format!("{what}: {reason}; a smaller context_size or kv_type may work")),
+        (_, false) => Error::Unsupported(format!("{what}: {reason}")),
+    }
 }
 
 /// The context's own compute threads: no OpenMP team that spins beside it, none made for each graph.

@@ -1070,6 +1070,20 @@ impl<'a> Facts<'a> {
         }
     }
 
+    /// A float that, when there, must be finite and at least 0: a norm's epsilon aborts otherwise.
+    fn not_negative(&self, key: &str) -> Result<(), Problem> {
+        let value = match self.override_of(key).or_else(|| self.header.get(key)) {
+            Some(Value::F32(value)) => f64::from(*value),
+            Some(Value::F64(value)) => *value,
+            _ => return Ok(()),
+        };
+        // As llama.cpp computes with it.
+        if !(value as f32).is_finite() || value < 0.0 {
+            return Err(bad_value(key, format!("is {value}; it must be a finite number of at least 0")));
+        }
+        Ok(())
+    }
+
     /// An integer that, when there, must be in a range.
     fn ranged(&self, key: &str, least: u64, most: u64) -> Result<Option<u64>, Problem> {
         let number = self.integer(key)?;
@@ -1314,6 +1328,9 @@ fn check_choices(facts: &Facts<'_>, architecture: &str) -> Result<(), Problem> {
     }
     facts.ranged(&format!("{architecture}.pooling_type"), 0, 4)?;
     facts.ranged(&format!("{architecture}.classifier.pooling_type"), 0, 4)?;
+    for norm in ["layer_norm_epsilon", "layer_norm_rms_epsilon", "group_norm_epsilon"] {
+        facts.not_negative(&format!("{architecture}.attention.{norm}"))?;
+    }
     Ok(())
 }
 

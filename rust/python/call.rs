@@ -79,12 +79,18 @@ impl State {
     }
 
     pub fn finish(&self, outcome: Result<Value>) {
-        *lock(&self.outcome) = Some(outcome);
+        *lock(&self.outcome) = Some(self.unless_cancelled(outcome));
         let act = lock(&self.on_cancel).take();
         drop(act);
         self.progress.store(1.0f32.to_bits(), Ordering::Relaxed);
         self.done.store(true, Ordering::SeqCst);
         self.target.post();
+    }
+
+    /// A value that comes after the cancel has no taker: what it holds is let go here.
+    fn unless_cancelled(&self, outcome: Result<Value>) -> Result<Value> {
+        let holds = matches!(outcome, Ok(Value::Sequence(_) | Value::Context(_) | Value::Model(_)));
+        if holds && self.cancel.load(Ordering::SeqCst) { Err(Error::Cancelled) } else { outcome }
     }
 
     /// Where the core puts a value of one kind.

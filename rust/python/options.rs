@@ -1,6 +1,6 @@
 //! Dictionaries of options, checked by the Python layer, as values of the core.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use pyo3::exceptions::PyValueError;
@@ -204,7 +204,8 @@ pub struct LoadOptions {
     use_mlock: bool,
     vocab_only: bool,
     check_tensors: bool,
-    metadata_overrides: HashMap<String, Scalar>,
+    /// In the order of the keys: two equal loads have one fingerprint.
+    metadata_overrides: BTreeMap<String, Scalar>,
     lora: Vec<(PathBuf, f32)>,
 }
 
@@ -287,7 +288,7 @@ impl ContextOptions {
     pub fn into_params(self) -> PyResult<ContextParams> {
         let n_ubatch =
             self.ubatch_size.or(self.batch_size).unwrap_or(UBATCH).min(UBATCH.max(self.ubatch_size.unwrap_or(0)));
-        let n_threads = self.threads.unwrap_or_else(default_threads);
+        let n_threads = at_most_processors(self.threads.unwrap_or_else(default_threads));
         Ok(ContextParams {
             n_ctx: self.context_size,
             n_batch: self.batch_size.unwrap_or(n_ubatch).max(n_ubatch),
@@ -295,7 +296,7 @@ impl ContextOptions {
             n_seq_max: self.sequences,
             n_outputs_max: 0,
             n_threads,
-            n_threads_batch: self.threads_batch.unwrap_or(n_threads),
+            n_threads_batch: at_most_processors(self.threads_batch.unwrap_or(n_threads)),
             flash_attention: flash_attention(&self.flash_attention)?,
             type_k: self.kv_type_k.as_deref().map(kv_type).transpose()?,
             type_v: self.kv_type_v.as_deref().map(kv_type).transpose()?,
@@ -330,4 +331,9 @@ fn kv_type(name: &str) -> PyResult<KvType> {
 /// Physical cores less one, which the event loop keeps; at least one.
 fn default_threads() -> u32 {
     num_cpus::get_physical().saturating_sub(1).max(1) as u32
+}
+
+/// More threads than processors wait for each other at every node of the graph, for minutes.
+fn at_most_processors(n_threads: u32) -> u32 {
+    n_threads.min(num_cpus::get().max(1) as u32)
 }
