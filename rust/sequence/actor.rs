@@ -582,12 +582,12 @@ impl Actor {
 
     /// Changes the sequence's memory; what it lost to others is evaluated again first.
     fn change(&self, holder: Holder, op: impl Fn() -> MemoryOp) -> Result<MemoryReply> {
-        match self.ask(holder, op())? {
-            MemoryReply::Lost(tokens) => {
-                self.run_job(holder, tokens, Goal::Evaluate, Arc::default())?;
-                self.ask(holder, op())
+        loop {
+            match self.ask(holder, op())? {
+                // Others may take the cells again before the next question arrives.
+                MemoryReply::Lost(tokens) => drop(self.run_job(holder, tokens, Goal::Evaluate, Arc::default())?),
+                reply => return Ok(reply),
             }
-            reply => Ok(reply),
         }
     }
 

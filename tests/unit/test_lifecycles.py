@@ -410,6 +410,60 @@ def test_a_thousand_random_lives_leave_nothing_behind(
     assert at_rest[-1].resident - at_rest[0].resident < RSS_SLACK
 
 
+def test_a_sequence_that_arrives_after_its_loop_has_ended_goes_back(tiny_model_path: Path) -> None:
+    gc.disable()  # nor does it take the collector
+    try:
+        with asyncio.Runner() as runner:
+            model = runner.run(load(tiny_model_path))
+            context = runner.run(open_pair(model))
+            for _ in range(20):
+                asyncio.run(fork_and_leave(context))
+            runner.run(all_come_back(context))
+            runner.run(model.aclose())
+    finally:
+        gc.enable()
+
+
+async def open_pair(model: llamactor.Model) -> llamactor.Context:
+    return await model.create_context(context_size=256, sequences=2, threads=1)
+
+
+async def fork_and_leave(context: llamactor.Context) -> None:
+    """Cancel a fork that its sequence is working on, and end the loop before it can answer."""
+    async with context.sequence() as sequence:
+        await sequence.prefill(TEXTS[0])
+        fork = asyncio.create_task(sequence.fork(timeout=None))
+        await asyncio.sleep(0)
+        fork.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await (await fork).aclose()  # it was quicker
+
+
+async def all_come_back(context: llamactor.Context) -> None:
+    for sequence in [await context.sequence(timeout=PATIENCE) for _ in range(context.sequences)]:
+        await sequence.aclose()
+
+
+@pytest.mark.every_loop
+async def test_a_closed_model_leaves_memory_whatever_handles_are_kept(
+    tiny_model_path: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.gguf"
+    own.write_bytes(tiny_model_path.read_bytes())
+    model = await load(own)
+    context = await open_pair(model)
+    sequence = await context.sequence()
+    finished = model.complete(TEXTS[0], max_tokens=2)
+    result = await finished
+    running = sequence.predict(TEXTS[0], **ENDLESS)
+    assert str(own) in Path("/proc/self/maps").read_text(encoding="utf-8")
+    await model.aclose()
+    await until(lambda: str(own) not in Path("/proc/self/maps").read_text(encoding="utf-8"))
+    with pytest.raises(ClosedError):
+        await running
+    assert (sequence.closed, context.closed, finished.text) == (True, True, result.content)
+
+
 def live_a_round(runner: asyncio.Runner, world: World, kind: str, number: int) -> Usage:
     """Live half a thousand lives; returns what is in use when all is quiet again."""
     runner.run(world.open_contexts())

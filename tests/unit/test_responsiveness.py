@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from tests.conftest import Gate
 
-pytestmark = pytest.mark.every_loop
-
 SEVERAL = 10
 """Turns that a loop which is not blocked takes during anything that takes a while."""
 
@@ -84,6 +82,7 @@ async def go_through_a_life(
                 await prediction
 
 
+@pytest.mark.every_loop
 async def test_the_loop_turns_while_a_tiny_model_works(turns: Turns, tiny_model_path: Path) -> None:
     await go_through_a_life(turns, tiny_model_path, list(range(100, 900)), n_tokens=40)
 
@@ -91,9 +90,10 @@ async def test_the_loop_turns_while_a_tiny_model_works(turns: Turns, tiny_model_
 @pytest.mark.model
 @pytest.mark.slow
 async def test_the_loop_turns_while_a_real_model_works(turns: Turns) -> None:
-    await go_through_a_life(turns, "smollm2", list(range(1000, 1400)), n_tokens=8)
+    await go_through_a_life(turns, "smollm2", list(range(1000, 1250)), n_tokens=4)
 
 
+@pytest.mark.every_loop
 async def test_closing_waits_for_a_callback_without_holding_up_the_loop(
     turns: Turns, tiny_model_path: Path, gate: Gate
 ) -> None:

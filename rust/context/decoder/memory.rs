@@ -175,10 +175,13 @@ impl Decoder {
             sequence.lost.clear();
             self.truncate(slot, 0);
         }
-        let lost = std::mem::take(&mut self.sequences[slot as usize].lost);
-        let replaces = matches!(op, MemoryOp::Clear | MemoryOp::Restore(..));
-        if !lost.is_empty() && !replaces {
-            return Ok(MemoryReply::Lost(lost));
+        let lost = &mut self.sequences[slot as usize].lost;
+        match op {
+            MemoryOp::Clear => lost.clear(),
+            // A state that is refused leaves things as they were.
+            MemoryOp::Restore(..) => {}
+            _ if !lost.is_empty() => return Ok(MemoryReply::Lost(lost.clone())),
+            _ => {}
         }
         match op {
             MemoryOp::Clear => {
@@ -244,6 +247,7 @@ impl Decoder {
         let before = self.saved(slot)?;
         self.truncate(slot, 0);
         if self.put(slot, state) {
+            self.sequences[slot as usize].lost.clear();
             return Ok(MemoryReply::Done);
         }
         if !self.put(slot, &before) {
