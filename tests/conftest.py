@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,10 +16,12 @@ from tests.models import tiny_llama
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-    from pathlib import Path
 
 TIME_SCALE = float(os.environ.get("LLAMACTOR_TEST_TIME_SCALE", "1"))
 """Multiplies every limit of the tests; raise it on a slow machine."""
+
+TINYCHAT = Path(__file__).parent / "tinychat" / "tinychat-3m-Q8_0.gguf"
+"""A chat model of 3 MB that remembers names, answers in JSON and calls tools; see tests/tinychat/."""
 
 PATIENCE = 60.0 * TIME_SCALE
 """Seconds after which a test that waits for something has failed."""
@@ -100,4 +103,11 @@ async def tiny_model(tiny_model_path: Path) -> AsyncIterator[llamactor.Model]:
 async def smollm2() -> AsyncIterator[llamactor.Model]:
     """SmolLM2-135M-Instruct, the default model."""
     async with llamactor.load_model("smollm2", context_size=2048, threads=1) as model:
+        yield model
+
+
+@pytest.fixture
+async def tinychat() -> AsyncIterator[llamactor.Model]:
+    """The tinychat model with 4 sequences in 4,096 cells, on one thread."""
+    async with llamactor.load_model(TINYCHAT, context_size=1024, sequences=4, threads=1) as model:
         yield model
