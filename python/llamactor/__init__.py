@@ -13,6 +13,7 @@ from llamactor import _core
 from llamactor.context import Context, ContextStats
 from llamactor.errors import (
     BusyError,
+    ChatTemplateError,
     ClosedError,
     ContextOverflowError,
     DeadlineExceededError,
@@ -59,6 +60,7 @@ from llamactor.system import Device, LogLevel, devices, set_log_level, system_in
 
 __all__ = (
     "BusyError",
+    "ChatTemplateError",
     "ClosedError",
     "Context",
     "ContextOptions",

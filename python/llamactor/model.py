@@ -11,16 +11,19 @@ import msgspec
 from llamactor import _checks as check
 from llamactor._hub import finalisers_rest, finish, hub_for, running_loop
 from llamactor._opening import Opening
+from llamactor.chat.messages import to_messages
+from llamactor.chat.template import check_template_names, check_tool_definitions, render_chat
 from llamactor.context import Context
 from llamactor.errors import UnsupportedError
 from llamactor.options import ContextKeywords, ContextOptions, GenerationKeywords, context_options
 from llamactor.prediction import Prediction, start_prediction
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
     from llamactor import _core
+    from llamactor.chat.messages import MessageLike
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -100,10 +103,16 @@ class SpecialTokens(msgspec.Struct, frozen=True):
 class Model:
     """A loaded model; serves any event loop and outlives the one that loaded it."""
 
-    def __init__(self, native: _core.Model, context: _core.Context | None) -> None:
+    def __init__(
+        self,
+        native: _core.Model,
+        context: _core.Context | None,
+        chat_template: str | None = None,
+    ) -> None:
         """Wrap a loaded native model and its default context; made by `load_model`."""
         self._native = native
         self._context = context
+        self._chat_template = chat_template
         self._closing = False
         self._info = msgspec.convert(native.info(), ModelInfo)
         self._tokens = msgspec.convert(native.special_tokens(), SpecialTokens)
@@ -211,6 +220,43 @@ class Model:
             )
             raise UnsupportedError(f"this model cannot generate: {reason}")
         return start_prediction(self._context.predict, self._native, self, prompt, options)
+
+    async def apply_chat_template(
+        self,
+        messages: Iterable[MessageLike],
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Return the prompt that the chat template makes of messages, as text.
+
+        The text shows what contents say as it is. Tokenising it with special tokens parsed may
+        therefore yield control tokens that a user has spelt; a session does not do that.
+        Cancelling this keeps nothing.
+
+        Args:
+            messages: Messages or plain ``{"role", "content"}`` dicts.
+            tools: Definitions with "name", "description" and "parameters" (JSON Schema).
+            add_generation_prompt: End with the header of an answer.
+            **kwargs: Further names for the template, such as ``enable_thinking``.
+
+        Raises:
+            TypeError: a message or tool has the wrong type.
+            ValueError: a message is wrong.
+            ChatTemplateError: the template fails, refuses the messages, or leaves one out.
+            ClosedError: the model is closed.
+        """
+        check.check_bool("add_generation_prompt", add_generation_prompt)
+        rendered = await render_chat(
+            self._native,
+            self._chat_template,
+            to_messages(messages),
+            tools=check_tool_definitions(tools or ()),
+            add_generation_prompt=add_generation_prompt,
+            kwargs=check_template_names(kwargs),
+        )
+        return rendered.text
 
     async def _open_context(self, options: ContextOptions) -> Context:
         hub = hub_for(running_loop("a model"))
