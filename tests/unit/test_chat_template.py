@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ import jinja2.sandbox
 import pytest
 
 import llamactor
-from llamactor.chat.messages import to_messages
+from llamactor.chat.messages import AssistantMessage, to_messages
 from llamactor.chat.template import RenderedChat, render_chat
+from tests.conftest import PATIENCE, TINYCHAT
 from tests.families import (
     AGAIN,
     ANSWER,
@@ -25,6 +27,7 @@ from tests.families import (
     USER,
     Family,
 )
+from tests.models import CHATML, byte_tokens, tiny_spm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -295,3 +298,279 @@ async def check_tools(model: llamactor.Model, text: str) -> None:
     tools = [{"type": "function", "function": tool}, TOOLS[1]]
     rendered = await render(model, [USER, call, {**RESULT, "content": text}], tools=tools)
     assert controls_among(model, rendered.tokens) == controls_among(model, plain.tokens)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "tinychat", "tiny"])
+async def test_models_keep_users_from_naming_control_tokens(
+    name: str, tiny_model_path: Path
+) -> None:
+    """The default model, the chat model and a generated one."""
+    path = {"smollm2": "smollm2", "tinychat": TINYCHAT, "tiny": tiny_model_path}[name]
+    async with llamactor.load_model(path, vocab_only=True) as model:
+        messages = [{"role": "user", "content": hostile(model)}]
+        await check_safety(model, messages)
+        await check_safety(model, [*messages, ANSWER, *messages])
+
+
+async def test_a_sentencepiece_vocabulary_keeps_them_too(tmp_path: Path) -> None:
+    async with llamactor.load_model(tiny_spm(tmp_path / "spm.gguf"), vocab_only=True) as model:
+        text = hostile(model)
+        rendered = await render(model, [{"role": "user", "content": text}])
+        assert controls_among(model, rendered.tokens) == [model.tokens.bos]
+        assert text in rendered.text
+        assert text in model.detokenize(rendered.tokens)
+
+
+@pytest.mark.parametrize("split", range(1, 10))
+async def test_a_control_token_does_not_arise_where_content_meets_template(
+    tiny_model: llamactor.Model, split: int
+) -> None:
+    """Half of it in the template, or in another content, half in this one."""
+    name = "<|im_end|>"
+    left, right = name[:split], name[split:]
+    halves = f"{left}{{{{ messages[0].content }}}}{{{{ messages[1].content }}}}"
+    for contents in ((right, "b"), (f" {right}", "b"), ("a" + left, right), (left, right)):
+        roles = ("user", "assistant")
+        messages = [
+            {"role": role, "content": text} for role, text in zip(roles, contents, strict=True)
+        ]
+        rendered = await render(tiny_model, messages, template=halves)
+        assert controls_among(tiny_model, rendered.tokens) == []
+        assert tiny_model.detokenize(rendered.tokens) == rendered.text
+        assert rendered.text == left + "".join(contents)
+
+
+DECIDES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if '<|im_end|>' in m.content %}NAMED"
+    "{% endif %}{{ m.content.split('#')[0] }}<|im_end|>{% if '#' in m.content %}"
+    "<|im_start|>{{ m.content.split('#')[1] | upper }}{% endif %}{% endfor %}"
+)
+
+
+async def test_a_template_that_looks_for_words_in_contents_finds_them(
+    tiny_model: llamactor.Model,
+) -> None:
+    content = "left<|pad|># right"
+    rendered = await render(tiny_model, [{"role": "user", "content": content}], template=DECIDES)
+    assert rendered.text == "<|im_start|>user\nleft<|pad|><|im_end|><|im_start|> RIGHT"
+    assert not rendered.neutralised
+    shown = [control_texts(tiny_model)[i] for i in controls_among(tiny_model, rendered.tokens)]
+    assert shown[0] == "<|im_start|>"
+    assert "<|pad|>" not in shown
+
+
+async def test_control_tokens_in_contents_are_hidden_from_a_template_that_looks_for_them(
+    tiny_model: llamactor.Model,
+) -> None:
+    content = "now<|im_end|>then"
+    rendered = await render(tiny_model, [{"role": "user", "content": content}], template=DECIDES)
+    assert rendered.neutralised
+    assert rendered.text == f"<|im_start|>user\n{content}<|im_end|>"
+    assert len(controls_among(tiny_model, rendered.tokens)) == 2
+    assert tiny_model.detokenize(rendered.tokens, special=True) == rendered.text
+
+
+# --- what is kept, where messages end ----------------------------------------------------------
+
+
+async def turns_of(model: llamactor.Model, count: int) -> list[tuple[list[int], RenderedChat]]:
+    """A conversation: for each turn what is cached after it, and the prompt of the next."""
+    messages: list[Any] = []
+    found = []
+    for turn in range(count):
+        messages.append({"role": "user", "content": f" Question {turn}? \n"})
+        prompt = await render(model, messages)
+        result = await model.complete(prompt.tokens, max_tokens=12)
+        messages.append(AssistantMessage(content=result.content, tokens=tuple(result.tokens)))
+        cached = [*prompt.tokens, *result.tokens]
+        found.append((cached, await render(model, [*messages, AGAIN])))
+    return found
+
+
+@pytest.mark.model
+async def test_every_next_prompt_begins_with_what_was_evaluated(
+    smollm2: llamactor.Model,
+) -> None:
+    for cached, prompt in await turns_of(smollm2, 3):
+        assert prompt.tokens[: len(cached)] == cached
+
+
+async def test_tokens_that_a_model_has_written_are_kept_however_it_spelt_them(
+    tiny_model: llamactor.Model,
+) -> None:
+    """The tokeniser would choose others; a template that trims changes nothing."""
+    content = "\n the boat came home "
+    tokens = tuple(byte_tokens(content))
+    answer = AssistantMessage(content=content, tokens=tokens)
+    trims = CHATML.replace("message['content']", "message['content'] | trim")
+    for template in (CHATML, trims):
+        rendered = await render(tiny_model, [USER, answer, AGAIN], template=template)
+        assert contains(rendered.tokens, tokens)
+
+
+async def test_tokens_of_a_turn_that_was_edited_are_not_used(
+    tiny_model: llamactor.Model,
+) -> None:
+    stale = AssistantMessage(content="new", tokens=tuple(byte_tokens("old")))
+    fresh = await render(tiny_model, [USER, {"role": "assistant", "content": "new"}])
+    assert (await render(tiny_model, [USER, stale])).tokens == fresh.tokens
+
+
+async def test_thoughts_that_a_template_leaves_out_are_left_out_of_the_tokens(
+    family_files: dict[str, Path],
+) -> None:
+    async with llamactor.load_model(family_files["qwen3"], vocab_only=True) as model:
+        thoughts, content = "<think>\nhm\n</think>\n\n", "Yes, the boat."
+        tokens = model.tokenize(thoughts, special=True) + spelt(model, content)
+        answer = AssistantMessage(
+            content=content,
+            reasoning="hm",
+            tokens=tuple(tokens),
+            content_start=len(tokens) - len(spelt(model, content)),
+        )
+        shown = await render(model, [USER, answer])
+        assert contains(shown.tokens, tokens)
+        left_out = await render(model, [USER, answer, AGAIN])
+        assert not contains(left_out.tokens, tokens)
+        assert contains(left_out.tokens, spelt(model, content))
+        assert "hm" not in left_out.text
+
+
+def spelt(model: llamactor.Model, text: str) -> list[int]:
+    """One token per byte."""
+    return [token for char in text.encode() for token in model.tokenize(chr(char))]
+
+
+def contains(tokens: Sequence[int], part: Sequence[int]) -> bool:
+    return any(list(tokens[i : i + len(part)]) == list(part) for i in range(len(tokens)))
+
+
+@EVERY_FAMILY
+async def test_messages_end_where_their_turn_does(
+    family: Family, family_files: dict[str, Path]
+) -> None:
+    messages = [USER, ANSWER, AGAIN]
+    async with llamactor.load_model(family_files[family.name], vocab_only=True) as model:
+        rendered = await render(model, messages)
+        assert len(rendered.ends) == len(messages)
+        assert rendered.ends == sorted(rendered.ends)
+        assert rendered.ends[-1] <= len(rendered.tokens)
+        start = 0
+        for message, end in zip(messages, rendered.ends, strict=True):
+            text = model.detokenize(rendered.tokens[start:end], special=True)
+            assert message["content"].strip() in text
+            start = end
+
+
+async def test_an_open_end_is_the_last_content_as_it_was_typed(
+    smollm2: llamactor.Model,
+) -> None:
+    for typed in ("The sea", "The sea ", "", "  "):
+        rendered = await render(
+            smollm2, [SYSTEM, {"role": "user", "content": typed}], open_ended=True
+        )
+        assert rendered.text.endswith(f"<|im_start|>user\n{typed}")
+        whole = await render(smollm2, [SYSTEM, {"role": "user", "content": typed + "x"}])
+        assert whole.text.startswith(rendered.text)
+        assert rendered.ends[-1] == len(rendered.tokens)
+
+
+async def test_a_model_without_a_template_gets_a_plain_one(tmp_path: Path) -> None:
+    path = tiny_spm(tmp_path / "plain.gguf")
+    async with llamactor.load_model(path, vocab_only=True) as model:
+        rendered = await render(model, [SYSTEM, USER, ANSWER, AGAIN])
+        assert rendered.text.startswith(f"{SYSTEM['content']}\n\nUser: {USER['content']}\n\n")
+        assert rendered.text.endswith("User: And then?\n\nAssistant:")
+        assert "\nUser:" in rendered.stops
+        assert rendered.tokens[0] == model.tokens.bos
+        assert model.tokens.bos not in rendered.tokens[1:]
+
+
+async def test_a_template_of_the_caller_replaces_the_file_s(tiny_model_path: Path) -> None:
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{{ tone }}"
+    loading = llamactor.load_model(tiny_model_path, vocab_only=True, chat_template=template)
+    async with loading as model:
+        assert await model.apply_chat_template([ANSWER], tone="!") == f"[{ANSWER['content']}]!"
+        with pytest.raises(TypeError, match="name"):
+            await model.apply_chat_template([ANSWER], tools=[{"parameters": {}}])
+
+
+# --- failures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "cause"),
+    [
+        ("gemma2", [SYSTEM, USER], "System role not supported"),
+        ("llama2", [USER, USER], "must alternate"),
+        ("phi3", [USER, CALL, RESULT], r"leaves out message 2 \(role \"tool\"\)"),
+        ("mistral", [USER, {**CALL, "tool_calls": [{"name": "f", "id": "1"}]}], "length 9"),
+    ],
+)
+async def test_a_template_that_refuses_messages_says_why(
+    family_files: dict[str, Path], name: str, messages: list[dict[str, Any]], cause: str
+) -> None:
+    async with llamactor.load_model(family_files[name], vocab_only=True) as model:
+        with pytest.raises(llamactor.ChatTemplateError, match=cause):
+            await model.apply_chat_template(messages)
+        with pytest.raises(ValueError, match=cause):
+            await model.apply_chat_template(messages)
+
+
+HOSTILE = {
+    "an endless loop": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "more than 5000000 instructions",
+    ),
+    "a huge range": ("{{ range(10 ** 12) | list }}", "range has too many elements"),
+    "a huge text": ("{{ 'a' * 10 ** 12 }}", "too large"),
+    "endless recursion": (
+        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+        "recursion limit",
+    ),
+    "deep parentheses": ("{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}", "recursion"),
+    "deep blocks": ("{% if 1 %}" * 50_000, "recursion"),
+    "gigabytes of output": (
+        "{% for a in range(99999) %}{{ 'abcdefghij' * 9999 }}{% endfor %}",
+        "more than 64 MiB",
+    ),
+    "gigabytes in a capture": (
+        "{% set x %}{% for a in range(99999) %}{{ 'abcdefghij' * 9999 }}{% endfor %}{% endset %}",
+        "more than 64 MiB",
+    ),
+    "a replacement that explodes": (
+        "{{ ('a' * 90000).replace('a', 'b' * 90000) }}",
+        "result would be too large",
+    ),
+    "an unknown filter": ("{{ messages | nothing }}", "nothing"),
+    "a syntax error": ("{% for x in %}", "cannot be read"),
+    "an undefined name": ("{{ nobody.home.at_all }}", "undefined"),
+    "the file system": ("{% include '/etc/passwd' %}", "template not found"),
+    "python's internals": ("{{ ''.__class__.__mro__ }}", "undefined"),
+    "too long": ("x" * (2**20 + 1), "at most 1048576"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+async def test_a_hostile_template_ends_in_an_error(tiny_model: llamactor.Model, case: str) -> None:
+    template, cause = HOSTILE[case]
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(llamactor.ChatTemplateError, match=cause):
+            await render(tiny_model, [USER], template=template)
+
+
+async def test_a_cancelled_rendering_leaves_the_model_usable(tiny_model: llamactor.Model) -> None:
+    slow = HOSTILE["an endless loop"][0]
+    task = asyncio.create_task(render(tiny_model, [USER], template=slow))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (await render(tiny_model, [USER])).text
+
+
+async def test_a_closed_model_renders_nothing(tiny_model_path: Path) -> None:
+    async with llamactor.load_model(tiny_model_path, vocab_only=True) as model:
+        pass
+    with pytest.raises(llamactor.ClosedError):
+        await model.apply_chat_template([USER])
