@@ -152,6 +152,10 @@ impl Model {
         chat::render(self.open()?, hub, request)
     }
 
+    fn chat_format(&self, hub: &Hub, request: Vec<u8>) -> PyResult<Call> {
+        chat::format(self.open()?, hub, request)
+    }
+
     fn create_context(&self, hub: &Hub, options: ContextOptions) -> PyResult<Call> {
         let model = self.open()?;
         let params = options.into_params()?;
