@@ -54,6 +54,14 @@ class ContextStats(msgspec.Struct, frozen=True):
     """Times a prediction had to give its cells up for a while."""
     evictions: int
     """Times an idle sequence lost its cached tokens."""
+    parked_states: int
+    """States of chats kept outside of the cells."""
+    parked_bytes: int
+    """Host memory that they take."""
+    parked_disk_bytes: int
+    """Disk that they take."""
+    restored_tokens: int
+    """Tokens that came back from parked states instead of being evaluated."""
     occupancy: float
     """Share of the cells in use, 0 to 1."""
     decode_time: float
@@ -127,7 +135,7 @@ class Context:
         try:
             async with asyncio.timeout(timeout):
                 native = await finish(
-                    hub, self._native.acquire(hub.native), discard=lambda late: late.close()
+                    hub, self._native.acquire(hub.native, 0), discard=lambda late: late.close()
                 )
         except TimeoutError:
             return None

@@ -51,6 +51,7 @@ KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_
 
 MAX_SEED = 2**32 - 2  # llama.cpp reads 2**32 - 1 as "draw one"
 MAX_INT = 2**31 - 1
+MAX_BYTES = 2**62
 MAX_SECONDS = 1e9  # some thirty years
 AUTO_CONTEXT_SIZE = 8192
 
@@ -401,6 +402,10 @@ class ContextOptions(msgspec.Struct, frozen=True, kw_only=True):
     """YaRN high correction dimension."""
     yarn_orig_context: int | None = None
     """Context size the model was trained with, for YaRN."""
+    parking_bytes: int = 512 << 20
+    """Host memory for the states of chats whose cells others needed; 0 evaluates them again."""
+    parking_disk_bytes: int = 1 << 30
+    """Room in the folder for temporary files for what exceeds that; 0 writes nothing."""
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
@@ -434,6 +439,8 @@ class ContextOptions(msgspec.Struct, frozen=True, kw_only=True):
             )
         check.check_bool("kv_unified", self.kv_unified)
         check.check_bool("swa_full", self.swa_full)
+        check.check_int("parking_bytes", self.parking_bytes, 0, MAX_BYTES)
+        check.check_int("parking_disk_bytes", self.parking_disk_bytes, 0, MAX_BYTES)
         self._check_rope()
 
     def _check_rope(self) -> None:
@@ -473,6 +480,8 @@ class ContextKeywords(TypedDict, total=False):
     yarn_beta_fast: float | None
     yarn_beta_slow: float | None
     yarn_orig_context: int | None
+    parking_bytes: int
+    parking_disk_bytes: int
 
 
 class LoadKeywords(ContextKeywords, total=False):

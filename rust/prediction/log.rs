@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::Finished;
 use super::stats::{Clock, Counts, Stats};
+use crate::context::parking::Source;
 use crate::llama::Token;
 use crate::sequence::{Drawn, Logprob, Outcome};
 
@@ -85,11 +86,12 @@ impl Log {
 
     // ---- what comes in --------------------------------------------------------------------------------------------
 
-    pub fn admitted(&mut self, cached: usize, total: usize) {
+    pub fn admitted(&mut self, cached: usize, total: usize, source: Source) {
         if self.clock.admitted.is_none() {
             self.clock.admitted = Some(Instant::now());
             self.counts.prompt = total;
             self.counts.cached = cached;
+            self.counts.source = (cached > 0).then_some(source);
         }
         self.progressed(cached, cached, total);
     }

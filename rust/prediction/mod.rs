@@ -14,6 +14,7 @@ pub use log::{Event, ReaderId};
 pub use stats::{Counts, Stats};
 
 use crate::context::job::{End, Flow};
+use crate::context::parking::Source;
 use crate::error::{Error, closed};
 use crate::llama::Token;
 use crate::sequence::{Drawn, Logprob, Outcome, Resume, Sink, StopReason};
@@ -251,8 +252,8 @@ impl Flow for Prediction {
         self.paused.load(Ordering::SeqCst)
     }
 
-    fn admitted(&self, n_cached: usize, n_total: usize) {
-        self.log().admitted(n_cached, n_total);
+    fn admitted(&self, n_cached: usize, n_total: usize, source: Source) {
+        self.log().admitted(n_cached, n_total, source);
         self.flush();
     }
 

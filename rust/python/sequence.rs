@@ -81,7 +81,7 @@ impl Sequence {
     ) -> PyResult<Prediction> {
         let lease = self.open()?;
         let max_pending = options.max_pending;
-        let (request, terms) = options.into_request(py, prompt)?;
+        let (request, terms) = options.into_request(py, prompt, None)?;
         let native = prediction::Prediction::new(hub.native()?, max_pending);
         let sink: Arc<prediction::Prediction> = Arc::clone(&native);
         let queued = lease.predict(request, sink);

@@ -15,7 +15,7 @@ pub use generation::{Drawn, Logprob, StopReason};
 pub use lease::{Lease, Sequences};
 pub use state::Fingerprint;
 
-use crate::context::job::{End, Flow, Overflow};
+use crate::context::job::{Chat, Dropped, End, Flow, Overflow};
 use crate::error::{Error, Result};
 use crate::llama::Token;
 use sampler::SamplerSpec;
@@ -60,6 +60,19 @@ pub struct Request {
     pub deadline: Option<std::time::Instant>,
     /// What to do with a prompt that is too long, and when the context is full. `None`: refuse, and stop.
     pub overflow: Option<Overflow>,
+    /// The chat it is a turn of.
+    pub chat: Option<Turn>,
+}
+
+/// What a prediction has to do with a chat.
+#[derive(Clone, Debug)]
+pub struct Turn {
+    /// The chat.
+    pub chat: Chat,
+    /// Tokens at the front that never go when the context is full.
+    pub n_keep: usize,
+    /// What the chat's window has lost since its last turn.
+    pub dropped: Option<Dropped>,
 }
 
 /// How a prediction ended.
