@@ -10,6 +10,17 @@ from __future__ import annotations
 import atexit
 
 from llamactor import _core
+from llamactor.chat import (
+    AssistantMessage,
+    Message,
+    SystemMessage,
+    ToolCall,
+    ToolMessage,
+    UserMessage,
+    dump_history,
+    load_history,
+    to_messages,
+)
 from llamactor.context import Context, ContextStats
 from llamactor.errors import (
     BusyError,
@@ -58,6 +69,7 @@ from llamactor.sequence import ContextSequence, Sequence, SequenceUsage
 from llamactor.system import Device, LogLevel, devices, set_log_level, system_info
 
 __all__ = (
+    "AssistantMessage",
     "BusyError",
     "ClosedError",
     "Context",
@@ -82,6 +94,7 @@ __all__ = (
     "LoadProgress",
     "Loading",
     "LogLevel",
+    "Message",
     "Mirostat",
     "Model",
     "ModelInfo",
@@ -99,16 +112,23 @@ __all__ = (
     "SpecialTokens",
     "StateMismatchError",
     "StopReason",
+    "SystemMessage",
     "TextDelta",
     "TokenBatching",
     "TokenLogprob",
+    "ToolCall",
+    "ToolMessage",
     "UnsupportedError",
+    "UserMessage",
     "WorkerCrashedError",
     "Xtc",
     "devices",
+    "dump_history",
+    "load_history",
     "load_model",
     "set_log_level",
     "system_info",
+    "to_messages",
 )
 
 _SHUTDOWN_TIMEOUT = 5.0

@@ -324,7 +324,7 @@ mod tests {
     #[test]
     fn events_stand_where_they_happened() {
         let mut log = Log::new(None);
-        log.admitted(1, 9);
+        log.admitted(1, 9, Source::Cells);
         let reader = log.open_reader(true);
         assert_eq!(log.read_event(reader), Some(prompt(1)));
         log.progressed(9, 1, 9);
@@ -340,7 +340,7 @@ mod tests {
     fn of_progress_that_nobody_saw_only_the_newest_is_told() {
         let mut log = Log::new(None);
         let reader = log.open_reader(true);
-        log.admitted(1, 9);
+        log.admitted(1, 9, Source::Cells);
         log.progressed(4, 1, 9);
         assert_eq!(all_events(&mut log, reader), [prompt(4)]);
         log.progressed(6, 1, 9);
@@ -351,9 +351,9 @@ mod tests {
     #[test]
     fn a_prompt_that_is_evaluated_again_is_no_news() {
         let mut log = Log::new(None);
-        log.admitted(1, 9);
+        log.admitted(1, 9, Source::Cells);
         log.append(drawn(1), "a");
-        log.admitted(8, 10);
+        log.admitted(8, 10, Source::Cells);
         log.progressed(10, 8, 10);
         let reader = log.open_reader(true);
         assert_eq!(all_events(&mut log, reader), [prompt(1), text("a", &[1])]);

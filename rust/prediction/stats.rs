@@ -147,7 +147,7 @@ mod tests {
     #[test]
     fn counts_are_passed_on() {
         let (created, clock) = clock([None; 3]);
-        let stats = Stats::at(created, &clock, Counts { prompt: 4, cached: 3, predicted: 2, shifted: 1 });
+        let stats = Stats::at(created, &clock, Counts { prompt: 4, cached: 3, predicted: 2, shifted: 1, source: None });
         let counts = (stats.prompt_tokens, stats.cached_tokens, stats.predicted_tokens, stats.shifted_tokens);
         assert_eq!(counts, (4, 3, 2, 1));
     }
