@@ -17,10 +17,7 @@ use crate::context::job::{End, Flow};
 use crate::context::parking::Source;
 use crate::error::{Error, closed};
 use crate::llama::Token;
-use crate::sequence::{Drawn, Logprob, Outcome, Resume, Sink, StopReason};
-
-/// What happens to the rest of the core when readers change their minds.
-pub type Nudge = Arc<dyn Fn() + Send + Sync>;
+use crate::sequence::{Drawn, Logprob, Nudge, Outcome, Resume, Sink, StopReason};
 
 const RUNNING: u8 = 0;
 const CANCELLED: u8 = 1;
@@ -66,14 +63,6 @@ impl Prediction {
             paused: AtomicBool::new(false),
             log: Mutex::new(Log::new(max_pending)),
         })
-    }
-
-    /// Sets what makes the core look at the flags; called at once if one is set already.
-    pub fn on_nudge(&self, nudge: Nudge) {
-        *lock(&self.nudge) = Some(nudge);
-        if self.cancel.load(Ordering::SeqCst) {
-            self.nudge();
-        }
     }
 
     fn nudge(&self) {
@@ -305,6 +294,13 @@ impl Sink for Prediction {
             (true, Some(error)) => resume(Some(End::Failed(error))),
             (true, None) => resume(Some(End::Cancelled)),
             (false, _) => resume(None),
+        }
+    }
+
+    fn on_nudge(&self, nudge: Nudge) {
+        *lock(&self.nudge) = Some(nudge);
+        if self.cancel.load(Ordering::SeqCst) {
+            self.nudge();
         }
     }
 

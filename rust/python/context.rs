@@ -16,7 +16,7 @@ use crate::context::Shared;
 use crate::context::pool::WaiterId;
 use crate::error::Error;
 use crate::prediction;
-use crate::sequence::{Request, Sequences};
+use crate::sequence::Sequences;
 
 /// A context.
 #[pyclass(frozen, module = "llamactor._core")]
@@ -103,7 +103,7 @@ impl Context {
         let max_pending = options.max_pending;
         let (request, terms) = options.into_request(py, prompt, None)?;
         let native = prediction::Prediction::new(hub.native()?, max_pending);
-        queue(context, request, &native);
+        context.predict(request, native.clone());
         Ok(Prediction::new(native, terms))
     }
 
@@ -126,10 +126,11 @@ impl Context {
         context.shared().require_open()?;
         let (request, terms) = options.into_request(py, prompt, Some(turn))?;
         let native = prediction.begin(terms)?;
-        if let Some(native) = &native {
-            queue(context, request, native);
+        let begins = native.is_some();
+        if let Some(native) = native {
+            context.predict(request, native);
         }
-        Ok(native.is_some())
+        Ok(begins)
     }
 
     #[staticmethod]
@@ -156,20 +157,6 @@ impl Context {
         })?;
         Ok(Call::new(state))
     }
-}
-
-/// Has a prediction made on a sequence of its own, as soon as one is free.
-fn queue(context: &Arc<Sequences>, request: Request, native: &Arc<prediction::Prediction>) {
-    let sink: Arc<prediction::Prediction> = Arc::clone(native);
-    let waiter = context.predict(request, sink);
-    let shared = Arc::clone(context.shared());
-    native.on_nudge(Arc::new(move || {
-        // Still waiting for a sequence: it ends here, since only a cancel nudges then; else the decoder looks.
-        match shared.pool.leave(waiter) {
-            Some(grant) => grant(Err(Error::Cancelled)),
-            None => shared.wake(),
-        }
-    }));
 }
 
 /// Makes a cancel leave the queue.

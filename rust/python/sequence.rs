@@ -15,7 +15,7 @@ use super::process::{Native, is_forked};
 use crate::error::{Error, closed};
 use crate::llama::Token;
 use crate::prediction;
-use crate::sequence::Lease;
+use crate::sequence::{Lease, Sink};
 
 /// A sequence.
 #[pyclass(frozen, module = "llamactor._core")]

@@ -446,8 +446,13 @@ impl Actor {
             (None, None) => parked.generation.finish(End::Failed(closed("context"))),
             (None, Some(sequences)) => {
                 let Terms { priority, deadline, .. } = parked.terms;
-                sequences.enter(chat, priority, deadline, move |lease| match lease {
+                let sink = Arc::clone(&parked.generation.sink);
+                sequences.enter(&sink, chat, priority, deadline, move |lease| match lease {
                     Ok(lease) => lease.send_last(Command::Resume(Box::new(parked))),
+                    Err(Error::Cancelled) => {
+                        let end = cancelled(&*parked.generation.sink);
+                        parked.generation.finish(end);
+                    }
                     Err(error) => parked.generation.finish(End::Failed(error)),
                 });
             }

@@ -1,7 +1,7 @@
 //! Who holds which sequence of a context, and the threads behind them.
 
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Instant;
@@ -77,31 +77,40 @@ impl Sequences {
         slot.map(|slot| lease(&self.this, slot, 0)).transpose()
     }
 
-    /// Predicts on a sequence of its own, as soon as one is free. The result names the waiter.
-    pub fn predict(&self, request: Request, sink: Arc<dyn Sink>) -> WaiterId {
-        let prediction = Prediction { request, sink };
-        let (priority, deadline) = (prediction.request.priority, prediction.request.deadline);
-        let chat = prediction.request.chat.as_ref().map_or(0, |turn| turn.chat);
-        self.enter(chat, priority, deadline, move |lease| match lease {
+    /// Predicts on a sequence of its own, as soon as one is free.
+    pub fn predict(&self, request: Request, sink: Arc<dyn Sink>) {
+        let (priority, deadline) = (request.priority, request.deadline);
+        let chat = request.chat.as_ref().map_or(0, |turn| turn.chat);
+        let prediction = Prediction { request, sink: Arc::clone(&sink) };
+        self.enter(&sink, chat, priority, deadline, move |lease| match lease {
             Ok(lease) => lease.send_last(Command::Predict(Queued::new(prediction))),
             Err(error) => prediction.fail(error),
-        })
+        });
     }
 
-    /// Calls `run` with a sequence that gives itself back after its last command.
+    /// Calls `run` with a sequence that gives itself back after its last command. Cancelled while it waits, the
+    /// prediction is told so at once.
     pub(super) fn enter(
         &self,
+        sink: &Arc<dyn Sink>,
         chat: Chat,
         priority: i32,
         deadline: Option<Instant>,
         run: impl FnOnce(Result<Lease>) + Send + 'static,
-    ) -> WaiterId {
+    ) {
         let this = self.this.clone();
         let grant = Box::new(move |slot: Result<Slot>| run(slot.and_then(|slot| lease(&this, slot, chat))));
         let waiter = self.shared.pool.take_for(chat, priority, deadline, grant);
+        let (waiting, shared) = (Arc::downgrade(sink), Arc::clone(&self.shared));
+        sink.on_nudge(Arc::new(move || {
+            let cancelled = waiting.upgrade().is_some_and(|sink| sink.cancel_flag().load(Ordering::SeqCst));
+            match cancelled.then(|| shared.pool.leave(waiter)).flatten() {
+                Some(grant) => grant(Err(Error::Cancelled)),
+                None => shared.wake(),
+            }
+        }));
         // The decoder keeps the deadlines and parks paused jobs for those who wait.
         self.shared.wake();
-        waiter
     }
 
     /// The actor of a sequence; its thread starts with its first command and lives as long as the context.

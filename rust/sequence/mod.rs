@@ -96,11 +96,16 @@ pub trait Sink: Flow {
     /// The sequence was given up while paused. To be called once: with nothing to get a sequence again and go on, or
     /// with an end.
     fn parked(&self, resume: Resume);
+    /// Sets what makes the core look at the flags; called at once if one is set already.
+    fn on_nudge(&self, nudge: Nudge);
     /// The sequence or its context was closed: end with `Closed`.
     fn close(&self);
     /// As `Flow`, which a job needs.
     fn as_flow(self: Arc<Self>) -> Arc<dyn Flow>;
 }
+
+/// What happens to the core when readers change their minds.
+pub type Nudge = Arc<dyn Fn() + Send + Sync>;
 
 /// How a parked prediction goes on or ends.
 pub type Resume = Box<dyn FnOnce(Option<End>) + Send>;
