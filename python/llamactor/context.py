@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from llamactor import _checks as check
+from llamactor._home import Home
 from llamactor._hub import finalisers_rest, finish, hub_for, running_loop
 from llamactor._opening import Opening
 from llamactor.sequence import Sequence
@@ -71,11 +72,18 @@ class ContextStats(msgspec.Struct, frozen=True):
 class Context:
     """One llama.cpp context; serves any event loop and outlives the one that opened it."""
 
-    def __init__(self, native: _core.Context, model: _core.Model, owner: object) -> None:
+    def __init__(
+        self,
+        native: _core.Context,
+        model: _core.Model,
+        owner: object,
+        chat_template: str | None = None,
+    ) -> None:
         """Wrap an open native context; made by `Model.create_context`."""
         self._native = native
         self._model = model
         self._owner = owner
+        self._chat_template = chat_template
         self._closing = False
         info: dict[str, Any] = native.info()
         self._size: int = info["context_size"]
@@ -120,7 +128,7 @@ class Context:
         """Return a sequence if one is free and nobody waits, else None; never suspends."""
         running_loop("a sequence")
         native = self._native.try_acquire()
-        return None if native is None else Sequence(native, self._model, self)
+        return None if native is None else Sequence(native, self._home())
 
     async def _acquire(self, timeout: float | None) -> Sequence:
         sequence = self.try_sequence() if timeout == 0 else await self._queue(timeout)
@@ -139,7 +147,10 @@ class Context:
                 )
         except TimeoutError:
             return None
-        return Sequence(native, self._model, self)
+        return Sequence(native, self._home())
+
+    def _home(self) -> Home:
+        return Home(self._native, self._model, self._chat_template, self._size, self)
 
     async def aclose(self) -> None:
         """Close it with all its sequences; idempotent. Their predictions fail with `ClosedError`.

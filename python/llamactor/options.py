@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from llamactor import _core
 
 Overflow: TypeAlias = Literal["stop_at_limit", "truncate_middle", "rolling_window"]
+ChatOverflow: TypeAlias = "Literal['erase_oldest'] | Overflow | Callable[..., Any]"
+"""In a chat also the default by its name, a strategy of `context_shift`, or an async function."""
 Stop: TypeAlias = "str | Sequence[str | Sequence[int]]"
 LogitBias: TypeAlias = "Mapping[int | str, float | Literal['never']]"
 MAX_BREAKERS = 64
@@ -255,8 +257,11 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Higher goes first, among those who wait for a sequence and in a batch."""
     deadline: float | None = None
     """Seconds from the call after which it fails with `DeadlineExceededError`."""
-    overflow: Overflow | None = None
-    """What to do when the context is full; None stops, and refuses a prompt that does not fit."""
+    overflow: ChatOverflow | None = None
+    """What to do when the context is full.
+
+    None stops, and refuses a prompt that does not fit; chat sessions drop the oldest turns instead.
+    """
     max_pending: int | None = 1024
     """Tokens every reader may lag before the sequence pauses; None never pauses."""
     token_batching: TokenBatching | None = None
@@ -300,7 +305,7 @@ class GenerationKeywords(TypedDict, total=False):
     trim_trailing_whitespace: bool
     priority: int
     deadline: float | None
-    overflow: Overflow | None
+    overflow: ChatOverflow | None
     max_pending: int | None
     token_batching: TokenBatching | None
     special: bool
@@ -547,6 +552,7 @@ def native_options(options: GenerationOptions, vocabulary: _core.Model) -> dict[
     if options.dry is not None:
         native["dry"] = (*msgspec.structs.astuple(options.dry)[:4], list(options.dry.breakers))
     native["repeat_penalty"] = None if penalty is None else _native_penalty(penalty)
+    native["overflow"] = _native_overflow(options.overflow)
     native["logit_bias"] = _native_bias(options.logit_bias, vocabulary)
     native["sampler_order"] = None if options.sampler_order is None else list(options.sampler_order)
     if options.logprobs is not None:
@@ -559,6 +565,15 @@ def native_prompt(prompt: object, vocabulary: _core.Model) -> str | list[int]:
     if isinstance(prompt, str):
         return check.check_text("prompt", prompt, empty=False)
     return check.check_tokens("prompt", prompt, vocabulary.vocab_size())
+
+
+def _native_overflow(overflow: object) -> object:
+    if overflow is None or (isinstance(overflow, str) and overflow in OVERFLOWS):
+        return overflow
+    what = check.describe(overflow)
+    raise ValueError(
+        f"overflow={what} is for chats; here it is one of {', '.join(OVERFLOWS)}, or None"
+    )
 
 
 def _native_penalty(penalty: RepeatPenalty) -> tuple[object, ...]:
@@ -639,6 +654,12 @@ def _check_bias(name: str, value: object) -> None:
         if not isinstance(key, str):
             check.check_int(f"{name} key", key, 0, MAX_INT)
         _bias_value(key, bias)
+
+
+def _check_overflow(name: str, value: object) -> None:
+    if not callable(value):
+        names = (*OVERFLOWS, "erase_oldest")
+        check.check_choice(name, value, names, hint="None stops at the limit")
 
 
 def _check_penalty(name: str, value: object) -> None:
@@ -744,9 +765,7 @@ _RULES: dict[str, Callable[[str, Any], object]] = {
     "trim_trailing_whitespace": check.check_bool,
     "priority": _integer(-MAX_INT),
     "deadline": _real(0, MAX_SECONDS, above=True, hint="seconds from now; None means no limit"),
-    "overflow": lambda name, value: check.check_choice(
-        name, value, OVERFLOWS, hint="None stops at the limit"
-    ),
+    "overflow": _check_overflow,
     "max_pending": _integer(1, hint="None never pauses"),
     "token_batching": _instance(TokenBatching),
     "special": check.check_bool,
@@ -768,6 +787,7 @@ _TUPLES = ("xtc", "dry", "mirostat", "dynamic_temperature", "token_batching")
 _PLAIN = tuple(
     name
     for name in GenerationOptions.__struct_fields__
-    if name not in {*_TUPLES, "stop", "top_k", "repeat_penalty", "logit_bias", "sampler_order"}
+    if name
+    not in {*_TUPLES, "stop", "top_k", "repeat_penalty", "overflow", "logit_bias", "sampler_order"}
 )
 _default = GenerationOptions()
