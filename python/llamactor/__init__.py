@@ -12,6 +12,8 @@ import atexit
 from llamactor import _core
 from llamactor.chat import (
     AssistantMessage,
+    ChatSession,
+    ChatUsage,
     Message,
     SystemMessage,
     ToolCall,
@@ -24,6 +26,7 @@ from llamactor.chat import (
 from llamactor.context import Context, ContextStats
 from llamactor.errors import (
     BusyError,
+    ChatTemplateError,
     ClosedError,
     ContextOverflowError,
     DeadlineExceededError,
@@ -71,6 +74,7 @@ from llamactor.system import Device, LogLevel, devices, set_log_level, system_in
 __all__ = (
     "AssistantMessage",
     "BusyError",
+    "ChatTemplateError",
     "ClosedError",
     "Context",
     "ContextOptions",

@@ -12,7 +12,9 @@ from llamactor import _checks as check
 from llamactor._home import Home
 from llamactor._hub import finalisers_rest, finish, hub_for, running_loop
 from llamactor._opening import Opening
+from llamactor.chat.messages import to_messages
 from llamactor.chat.session import ChatSession, respond_to
+from llamactor.chat.template import check_template_names, check_tool_definitions, render_chat
 from llamactor.context import Context
 from llamactor.errors import UnsupportedError
 from llamactor.options import ContextKeywords, ContextOptions, GenerationKeywords, context_options
@@ -104,10 +106,16 @@ class SpecialTokens(msgspec.Struct, frozen=True):
 class Model:
     """A loaded model; serves any event loop and outlives the one that loaded it."""
 
-    def __init__(self, native: _core.Model, context: _core.Context | None) -> None:
+    def __init__(
+        self,
+        native: _core.Model,
+        context: _core.Context | None,
+        chat_template: str | None = None,
+    ) -> None:
         """Wrap a loaded native model and its default context; made by `load_model`."""
         self._native = native
         self._context = context
+        self._chat_template = chat_template
         self._closing = False
         self._info = msgspec.convert(native.info(), ModelInfo)
         self._tokens = msgspec.convert(native.special_tokens(), SpecialTokens)
@@ -296,7 +304,44 @@ class Model:
     def _home(self) -> Home:
         context = self._default_context()
         size: Any = context.info()["context_size"]
-        return Home(context, self._native, self._info.chat_template, size, self)
+        return Home(context, self._native, self._chat_template, size, self)
+
+    async def apply_chat_template(
+        self,
+        messages: Iterable[MessageLike],
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Return the prompt that the chat template makes of messages, as text.
+
+        The text shows what contents say as it is. Tokenising it with special tokens parsed may
+        therefore yield control tokens that a user has spelt; a session does not do that.
+        Cancelling this keeps nothing.
+
+        Args:
+            messages: Messages or plain ``{"role", "content"}`` dicts.
+            tools: Definitions with "name", "description" and "parameters" (JSON Schema).
+            add_generation_prompt: End with the header of an answer.
+            **kwargs: Further names for the template, such as ``enable_thinking``.
+
+        Raises:
+            TypeError: a message or tool has the wrong type.
+            ValueError: a message is wrong.
+            ChatTemplateError: the template fails, refuses the messages, or leaves one out.
+            ClosedError: the model is closed.
+        """
+        check.check_bool("add_generation_prompt", add_generation_prompt)
+        rendered = await render_chat(
+            self._native,
+            self._chat_template,
+            to_messages(messages),
+            tools=check_tool_definitions(tools or ()),
+            add_generation_prompt=add_generation_prompt,
+            kwargs=check_template_names(kwargs),
+        )
+        return rendered.text
 
     async def _open_context(self, options: ContextOptions) -> Context:
         hub = hub_for(running_loop("a model"))
@@ -304,7 +349,7 @@ class Model:
             hub.native, options.native(self._info.train_context_size)
         )
         native = await finish(hub, call, discard=lambda late: late.close(hub.native))
-        return Context(native, self._native, self, self._info.chat_template)
+        return Context(native, self._native, self, self._chat_template)
 
     async def aclose(self) -> None:
         """Close it with all its contexts; idempotent. Their predictions fail with `ClosedError`.

@@ -336,6 +336,8 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Replaces metadata of the file by key; keys and texts have at most 127 bytes."""
     lora: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = ()
     """Adapters, for all contexts: a path, or a path and a scale (1.0)."""
+    chat_template: str | None = None
+    """Jinja text of a chat template in place of the file's; None takes that."""
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
@@ -347,6 +349,8 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
         check.check_choice("split_mode", self.split_mode, SPLIT_MODES)
         for name in ("use_mmap", "use_mlock", "vocab_only", "check_tensors"):
             check.check_bool(name, getattr(self, name))
+        if self.chat_template is not None:
+            check.check_text("chat_template", self.chat_template)
         self.native()
 
     def native(self) -> dict[str, object]:
@@ -503,6 +507,7 @@ class LoadKeywords(ContextKeywords, total=False):
     check_tensors: bool
     metadata_overrides: Mapping[str, bool | int | float | str]
     lora: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]]
+    chat_template: str | None
 
 
 _GENERATION_NAMES = (*GenerationOptions.__struct_fields__, "options")

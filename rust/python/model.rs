@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use super::call::{Call, State, Value};
+use super::chat;
 use super::hub::Hub;
 use super::options::{ContextOptions, LoadOptions};
 use super::process::{Native, require_own_process};
@@ -60,7 +61,7 @@ impl Model {
         Self(Native::new(Arc::new(Holder { model: Mutex::new(Some(model)), contexts: Mutex::default() })))
     }
 
-    fn open(&self) -> PyResult<Arc<model::Model>> {
+    pub(super) fn open(&self) -> PyResult<Arc<model::Model>> {
         Ok(lock(&self.0.get()?.model).clone().ok_or_else(|| closed("model"))?)
     }
 }
@@ -154,6 +155,10 @@ impl Model {
         Ok(py.detach(move || model.llama().detokenize(&tokens, special))?)
     }
 
+    fn render_chat(&self, hub: &Hub, request: Vec<u8>) -> PyResult<Call> {
+        chat::render(self.open()?, hub, request)
+    }
+
     fn create_context(&self, hub: &Hub, options: ContextOptions) -> PyResult<Call> {
         let model = self.open()?;
         let parking = options.parking();
@@ -200,7 +205,7 @@ fn on_deep_stack<T: Send + 'static>(run: impl FnOnce() -> Result<T> + Send + 'st
     thread.join().map_err(|_| Error::WorkerCrashed("the tokeniser's thread died".into()))?
 }
 
-fn spawn<T: Send + 'static>(
+pub(super) fn spawn<T: Send + 'static>(
     name: &str,
     run: impl FnOnce() -> T + Send + 'static,
 ) -> Result<std::thread::JoinHandle<T>> {

@@ -22,7 +22,7 @@ RUST = ROOT / "rust"
 PYTHON = ROOT / "python" / "llamactor"
 
 # Which rooms of the crate a room may name: only what stands before it in the flow of the data.
-FLOW = ("error", "llama", "model", "context", "sequence", "prediction", "python")
+FLOW = ("error", "llama", "model", "chat", "context", "sequence", "prediction", "python")
 RUST_ROOMS = {room: set(FLOW[: index + 1]) for index, room in enumerate(FLOW)}
 
 # Which modules of the package a module may import when it runs; names only for types are free.

@@ -265,8 +265,12 @@ class Life:
             pass
 
     async def cancel_elsewhere(self, prediction: Prediction) -> None:
-        await self.turns()
-        await asyncio.to_thread(prediction.cancel)
+        try:
+            await self.turns()
+            await asyncio.to_thread(prediction.cancel)
+        except asyncio.CancelledError:
+            prediction.cancel()  # else it is dropped and nobody ever did anything with it
+            raise
 
     async def cancel_the_waiter(self, prediction: Prediction) -> None:
         waiter = asyncio.create_task(prediction.result())

@@ -3,8 +3,8 @@
 Theory of operation. Every text that was completed is an entry of the cache: the text, what the
 model wrote after it, and how many tokens it may still write. `CompletionEngine.complete` looks for
 an entry whose text and suggestion begin with what is asked for, and answers with the rest of it.
-At most one entry is being written. Typing along it leaves it alone; anything else supersedes it: the
-prediction is cancelled, and what it had produced stays in its entry, to be gone on with later.
+At most one entry is being written. Typing along it leaves it alone. Anything else supersedes it:
+the prediction is cancelled, and what it had produced stays in its entry, to be gone on with later.
 
 Suggestions belong to one state of the history. The session says when that changes (`invalidate`).
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 from llamactor import _checks as check
-from llamactor._hub import check_loop
+from llamactor._hub import check_loop, running_loop
 from llamactor.errors import ClosedError
 from llamactor.options import GenerationKeywords, generation_options
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 OnGeneration: TypeAlias = Callable[[str, str], object]
 """Takes what the user has typed and what may follow."""
+
+MAX_TOKENS = 256
+"""Tokens of a suggestion, if nobody says otherwise."""
 
 ENDINGS = ("eos", "stop_string", "context_full")
 """Stop reasons after which there is nothing to go on with."""
@@ -76,12 +79,14 @@ class CompletionCache:
         return text in self._entries
 
     def find(self, text: str) -> Entry | None:
-        """Return the entry that says most closely what follows `text`, and count that as a use.
+        """Return an entry that says what follows `text`, and count that as a use of it.
 
-        One that says something goes before one that says nothing, and then the longer text.
+        Of several, it is the one used last, so that a suggestion somebody types along stays; one
+        that says nothing more is for want of a better one.
         """
-        found = (entry for entry in self._entries.values() if entry.rest(text) is not None)
-        best = max(found, key=lambda entry: (entry.whole != text, len(entry.text)), default=None)
+        found = [entry for entry in self._entries.values() if entry.rest(text) is not None]
+        saying = [entry for entry in found if entry.rest(text)]
+        best = (saying or found or [None])[-1]
         return None if best is None else self._use(best)
 
     def open(self, text: str, left: int) -> Entry:
@@ -140,7 +145,6 @@ class CompletionEngine:
         self,
         session: ChatSession,
         *,
-        max_tokens: int = 256,
         max_cached: int = 100,
         on_generation: OnGeneration | None = None,
         **options: Unpack[GenerationKeywords],
@@ -149,24 +153,25 @@ class CompletionEngine:
 
         Args:
             session: Whose next prompt is completed.
-            max_tokens: Tokens of a suggestion at most.
             max_cached: Texts whose suggestions are kept.
             on_generation: Called on the loop with the current text and all that may follow it
                 whenever that has grown. If it raises, the loop's exception handler hears of it, and
                 the suggestion is not gone on with.
-            **options: See `GenerationOptions`, laid over the session's.
+            **options: See `GenerationOptions`, laid over the session's. ``max_tokens`` is 256 for a
+                suggestion unless given.
 
         Raises:
             TypeError: an option is unknown or has the wrong type.
             ValueError: an option is out of range.
             RuntimeError: called without a running event loop.
         """
-        self._max_tokens = check.check_int("max_tokens", max_tokens, 1)
+        # Wrong options are an error here, not with the first keystroke.
+        max_tokens = generation_options(options).max_tokens
+        self._max_tokens = MAX_TOKENS if max_tokens is None else max_tokens
         self._cache = CompletionCache(check.check_int("max_cached", max_cached, 1))
         if on_generation is not None:
             check.check_callable("on_generation", on_generation)
-        generation_options(options)  # an error here, not with the first keystroke
-        self._loop = asyncio.get_running_loop()
+        self._loop = running_loop("a completion engine")
         self._session = session
         self._on_generation = on_generation
         self._options: dict[str, Any] = dict(options)

@@ -10,6 +10,7 @@ import msgspec
 
 from llamactor import _checks as check
 from llamactor._hub import check_loop, finalisers_rest, running_loop
+from llamactor.chat.completion import CompletionEngine, OnGeneration
 from llamactor.chat.history import History, leading_system
 from llamactor.chat.messages import Message, MessageLike, SystemMessage, UserMessage, to_messages
 from llamactor.chat.shift import check_overflow
@@ -190,11 +191,40 @@ class ChatSession:
         """
         given = {"response_prefix": None, **options}
         if "options" not in options:
-            given.setdefault(
-                "max_tokens", min(MAX_COMPLETION, max(1, self._home.context_size // 2))
-            )
+            given.setdefault("max_tokens", self._longest_completion())
         request = self._request((UserMessage(text),), given, yields=True, open_ended=True)
         return self._launch(request)
+
+    def completion_engine(
+        self,
+        *,
+        max_cached: int = 100,
+        on_generation: OnGeneration | None = None,
+        **options: Unpack[GenerationKeywords],
+    ) -> CompletionEngine:
+        """Return what completes the user's text while it is typed; close it with ``aclose``.
+
+        Args:
+            max_cached: Texts whose suggestions are kept; the one used longest ago goes first.
+            on_generation: Called on the loop with the current text and what may follow it,
+                whenever that has grown.
+            **options: See `GenerationOptions`, laid over the session's. ``max_tokens`` is as with
+                `complete`.
+
+        Raises:
+            TypeError: an option is unknown or has the wrong type.
+            ValueError: an option is out of range.
+            ClosedError: the session, its context or its model was closed.
+            RuntimeError: called outside of the session's event loop.
+        """
+        self._check_open()
+        if "options" not in options:
+            options.setdefault("max_tokens", self._longest_completion())
+        engine = CompletionEngine(
+            self, max_cached=max_cached, on_generation=on_generation, **options
+        )
+        self._state.engines.add(engine)
+        return engine
 
     async def preload(self, text: str = "") -> None:
         """Evaluate the history and the beginning of the next prompt, so that it starts sooner.
@@ -353,6 +383,10 @@ class ChatSession:
             on_message=on_message or settings.on_message,
             **flags,
         )
+
+    def _longest_completion(self) -> int:
+        """Tokens of a completion, if nobody says otherwise."""
+        return min(MAX_COMPLETION, max(1, self._home.context_size // 2))
 
     def _launch(self, request: TurnRequest) -> Prediction:
         self._check_open()

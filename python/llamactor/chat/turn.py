@@ -13,6 +13,7 @@ everywhere, and the driver hears of it like anybody else.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -31,10 +32,7 @@ from llamactor.chat.shift import (
     native_overflow,
 )
 
-try:
-    from llamactor.chat.template import RenderedChat, render_chat
-except ImportError:  # TEMPORARY
-    from llamactor.chat._chatml import RenderedChat, render_chat
+from llamactor.chat.template import RenderedChat, render_chat
 from llamactor.errors import DeadlineExceededError
 from llamactor.options import GenerationOptions, native_options
 from llamactor.prediction import Deferred, Prediction, PredictionResult, defer_prediction
@@ -42,6 +40,7 @@ from llamactor.prediction import Deferred, Prediction, PredictionResult, defer_p
 if TYPE_CHECKING:
     from llamactor import _core
     from llamactor._home import Home
+    from llamactor.chat.completion import CompletionEngine
 
 OnMessage: TypeAlias = Callable[[Message], object]
 
@@ -75,7 +74,7 @@ class ChatUsage(msgspec.Struct, frozen=True):
 class ChatState:
     """What changes in a chat; its turns share it."""
 
-    __slots__ = ("_history", "cells", "key", "line", "revision", "turns", "usage")
+    __slots__ = ("_history", "cells", "engines", "key", "line", "revision", "turns", "usage")
 
     def __init__(self, history: History, key: int) -> None:
         """Begin with a history; `key` is the chat's in the core, 0 for none."""
@@ -87,6 +86,8 @@ class ChatState:
         """The tokens that were last evaluated for it, prompt and answer."""
         self.line = Line()
         self.turns: set[Turn] = set()
+        self.engines: weakref.WeakSet[CompletionEngine] = weakref.WeakSet()
+        """Those whose suggestions go when the history changes."""
         self.usage = ChatUsage()
 
     @property
@@ -99,6 +100,8 @@ class ChatState:
         """Replace it."""
         self._history = history
         self.revision += 1
+        for engine in list(self.engines):
+            engine.invalidate()
 
 
 class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
