@@ -74,7 +74,9 @@ from llamactor.system import Device, LogLevel, devices, set_log_level, system_in
 __all__ = (
     "AssistantMessage",
     "BusyError",
+    "ChatSession",
     "ChatTemplateError",
+    "ChatUsage",
     "ClosedError",
     "Context",
     "ContextOptions",

@@ -188,7 +188,7 @@ class Sequence:
             OSError: it cannot be written.
         """
         checked = check.check_path("path", path)
-        await self._run(lambda hub: self._native.save(hub, checked))
+        await self._run(lambda hub: self._native.save(hub, checked, b""))
 
     async def load(self, path: str | os.PathLike[str]) -> None:
         """Replace the evaluated state by a saved one.

@@ -17,7 +17,7 @@ use super::process::{Native, require_own_process};
 use crate::error::{Error, Result, closed};
 use crate::llama::{self, LogLevel, Token};
 use crate::model;
-use crate::sequence::Sequences;
+use crate::sequence::{Sequences, note};
 
 /// Longest text that is tokenised on the caller's stack; a longer one gets a thread with a larger one.
 const OWN_STACK_BYTES: usize = 4 * 1024;
@@ -157,6 +157,27 @@ impl Model {
 
     fn render_chat(&self, hub: &Hub, request: Vec<u8>) -> PyResult<Call> {
         chat::render(self.open()?, hub, request)
+    }
+
+    /// Writes a chat's note to a file that has no state.
+    fn save_note(&self, hub: &Hub, path: PathBuf, note: Vec<u8>) -> PyResult<Call> {
+        let (model, state) = (self.open()?, State::new(hub)?);
+        let reporter = Arc::clone(&state);
+        spawn("llamactor-save", move || {
+            reporter.finish(note::write(&path, &model, &note).map(|()| Value::None));
+        })?;
+        Ok(Call::new(state))
+    }
+
+    /// Reads a chat's note; its first byte says whether a state is beside it.
+    fn load_note(&self, hub: &Hub, path: PathBuf) -> PyResult<Call> {
+        let (model, state) = (self.open()?, State::new(hub)?);
+        let reporter = Arc::clone(&state);
+        spawn("llamactor-restore", move || {
+            let noted = note::read(&path, &model);
+            reporter.finish(noted.map(|(note, has_state)| Value::Bytes([&[u8::from(has_state)], &note[..]].concat())));
+        })?;
+        Ok(Call::new(state))
     }
 
     fn create_context(&self, hub: &Hub, options: ContextOptions) -> PyResult<Call> {

@@ -122,8 +122,8 @@ impl Sequence {
         self.call(hub, |lease, state| lease.clear(state.done(|()| Value::None)))
     }
 
-    fn save(&self, hub: &Hub, path: PathBuf) -> PyResult<Call> {
-        self.call(hub, |lease, state| lease.save(path, state.done(|()| Value::None)))
+    fn save(&self, hub: &Hub, path: PathBuf, note: Vec<u8>) -> PyResult<Call> {
+        self.call(hub, |lease, state| lease.save(path, note, state.done(|()| Value::None)))
     }
 
     fn load(&self, hub: &Hub, path: PathBuf) -> PyResult<Call> {

@@ -1,7 +1,7 @@
 //! The thread of a sequence: prompt → prefill → (sample → text → next)* → done, one command after the other.
 
 use std::any::Any;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -149,6 +149,7 @@ pub enum Command {
     },
     Save {
         path: PathBuf,
+        note: Vec<u8>,
         done: Done<()>,
     },
     Load {
@@ -265,7 +266,7 @@ impl Actor {
             Command::Fork { lease, done } => answer(self.fork(owner, lease), ticket, done),
             Command::Erase { ranges, cancel, done } => answer(self.erase(owner, ranges, cancel), ticket, done),
             Command::Clear { done } => answer(self.change(owner, || MemoryOp::Clear).map(drop), ticket, done),
-            Command::Save { path, done } => answer(self.save(owner, &path), ticket, done),
+            Command::Save { path, note, done } => answer(self.save(owner, &path, &note), ticket, done),
             Command::Load { path, done } => answer(self.load(owner, &path), ticket, done),
             Command::Leased { .. } | Command::End => {}
         }
@@ -603,14 +604,14 @@ impl Actor {
         Ok(Fingerprint::new(self.shared.model()?.fingerprint(), &self.shared.layout))
     }
 
-    fn save(&self, owner: Owner, path: &std::path::Path) -> Result<()> {
+    fn save(&self, owner: Owner, path: &Path, note: &[u8]) -> Result<()> {
         match self.change(owner, || MemoryOp::Save)? {
-            MemoryReply::State(saved) => state::write(path, self.fingerprint()?, &saved),
+            MemoryReply::State(saved) => state::write(path, self.fingerprint()?, &saved, note),
             _ => Ok(()),
         }
     }
 
-    fn load(&self, owner: Owner, path: &std::path::Path) -> Result<()> {
+    fn load(&self, owner: Owner, path: &Path) -> Result<()> {
         let saved = state::read(path, self.fingerprint()?)?;
         match self.change(owner, || MemoryOp::Restore(saved.clone()))? {
             MemoryReply::Reevaluate(tokens) => self.run_job(owner, tokens, Goal::Evaluate, Arc::default()).map(drop),

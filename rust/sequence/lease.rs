@@ -383,9 +383,9 @@ impl Lease {
         self.send(Command::Clear { done });
     }
 
-    /// Writes tokens and state to a file.
-    pub fn save(&self, path: PathBuf, done: Done<()>) {
-        self.send(Command::Save { path, done });
+    /// Writes tokens and state to a file, with a note beside them.
+    pub fn save(&self, path: PathBuf, note: Vec<u8>, done: Done<()>) {
+        self.send(Command::Save { path, note, done });
     }
 
     /// Reads tokens and state from a file.

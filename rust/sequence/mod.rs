@@ -4,6 +4,7 @@ mod actor;
 mod generation;
 mod lease;
 pub mod logits;
+pub mod note;
 pub mod sampler;
 mod state;
 pub mod text;

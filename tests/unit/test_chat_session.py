@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from llamactor.chat.messages import MessageLike
     from tests.conftest import Gate
 
 SYSTEM = "You are a helpful assistant."
@@ -344,16 +345,17 @@ async def test_a_deadline_counts_while_it_waits_its_turn(session: ChatSession, g
 async def test_wrong_options_are_refused_at_the_call(session: ChatSession) -> None:
     for call in (session.prompt, session.complete):
         with pytest.raises(TypeError, match="unknown generation option 'temprature'"):
-            call("Hi", temprature=1)  # type: ignore[call-arg]
+            _ = call("Hi", temprature=1)  # type: ignore[call-arg]
         with pytest.raises(ValueError, match="temperature"):
-            call("Hi", temperature=-1)
+            _ = call("Hi", temperature=-1)
         with pytest.raises(TypeError, match="content must be a str"):
-            call(5)  # type: ignore[arg-type]
+            _ = call(5)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="one token"):
-            call("Hi", logit_bias={"three whole words": 1.0})
-    for wrong in ({"record": 1}, {"on_message": 1}, {"tools": 1}, {"tools": [1]}, {"overflow": 1}):
+            _ = call("Hi", logit_bias={"three whole words": 1.0})
+    options: list[dict[str, Any]] = [{"record": 1}, {"on_message": 1}, {"overflow": 1}]
+    for wrong in (*options, {"tools": 1}, {"tools": [1]}):
         with pytest.raises(TypeError):
-            session.prompt("Hi", **wrong)  # type: ignore[arg-type]
+            _ = session.prompt("Hi", **wrong)
     assert "5" in (await soon(session.prompt(SUM))).content  # nobody stands in the line
     assert session.usage.predictions == 1
 
@@ -376,7 +378,7 @@ async def test_a_model_that_cannot_generate_cannot_chat(tiny_model_path: Path) -
         with pytest.raises(UnsupportedError):
             model.chat()
         with pytest.raises(UnsupportedError):
-            model.respond("Hi")
+            _ = model.respond("Hi")
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -409,9 +411,10 @@ async def test_a_session_can_be_made_with_a_context_or_a_sequence(tinychat: Mode
 
 
 async def test_initial_messages_come_after_the_system_prompt(tinychat: Model) -> None:
-    history = [{"role": "user", "content": HELLO}, AssistantMessage("Hello, Ada!")]
+    greeting = AssistantMessage("Nice to meet you, Ada!")
+    history: list[MessageLike] = [{"role": "user", "content": HELLO}, greeting]
     async with tinychat.chat(system_prompt=SYSTEM, history=history) as session:
-        assert said(session) == [SYSTEM, HELLO, "Hello, Ada!"]
+        assert said(session) == [SYSTEM, HELLO, greeting.content]
         assert "Ada" in (await soon(session.prompt(NAME))).content
 
 
@@ -444,7 +447,7 @@ async def test_a_stop_string_is_in_neither_content_nor_tokens(
 async def test_trimmed_white_space_is_in_neither_content_nor_tokens(
     session: ChatSession, tinychat: Model
 ) -> None:
-    bias = {"\n": 100.0}
+    bias: dict[int | str, Any] = {"\n": 100.0}
     trimmed = session.prompt(SUM, trim_trailing_whitespace=True, logit_bias=bias, max_tokens=5)
     assert (await soon(trimmed)).content == ""
     assert last(session).tokens == ()
@@ -527,7 +530,10 @@ async def test_resetting_keeps_the_system_prompt(talk: ChatSession) -> None:
 
 async def test_a_history_can_be_replaced(talk: ChatSession) -> None:
     await talk.set_history(
-        [{"role": "user", "content": "Hi, my name is Bob."}, {"role": "assistant", "content": "Ok"}]
+        [
+            {"role": "user", "content": "Hi, my name is Bob."},
+            {"role": "assistant", "content": "Nice to meet you, Bob!"},
+        ]
     )
     assert "Bob" in (await soon(talk.prompt(NAME))).content
     with pytest.raises(TypeError, match=r"history\[0\]"):
@@ -572,7 +578,7 @@ async def test_a_fork_waits_for_the_prompts_before_it(session: ChatSession, gate
 async def test_the_revision_grows_with_every_change(session: ChatSession) -> None:
     seen = [session.revision]
     for work in (session.prompt(HELLO).result, session.rewind, session.reset):
-        await soon(work())  # type: ignore[operator]
+        await soon(work())
         seen.append(session.revision)
     assert seen == sorted(set(seen))
 
@@ -580,6 +586,8 @@ async def test_the_revision_grows_with_every_change(session: ChatSession) -> Non
 # --- shifting -----------------------------------------------------------------------------------
 
 N_TURNS = 30
+LONG = "What is 2+3? " * 8
+"""Fits into the small context, but not with everything before it."""
 
 
 @pytest.fixture
@@ -654,7 +662,7 @@ async def test_a_failed_turn_shifts_nothing(tinychat: Model, small: llamactor.Co
             await soon(session.prompt(text, max_tokens=10))
         before = session.context_window
         with pytest.raises(ZeroDivisionError):
-            await soon(session.prompt("word " * 30, logits_processor=broken))
+            await soon(session.prompt(LONG, logits_processor=broken))
         assert session.context_window == before == session.history
 
 
@@ -663,7 +671,7 @@ async def test_an_unrecorded_turn_shifts_nothing(tinychat: Model, small: llamact
         for text in (HELLO, SUM, NAME):
             await soon(session.prompt(text, max_tokens=10))
         before = session.context_window
-        result = await soon(session.prompt("word " * 30, record=False, max_tokens=10))
+        result = await soon(session.prompt(LONG, record=False, max_tokens=10))
         assert result.context_shift is not None
         assert session.context_window == before == session.history
 
@@ -673,7 +681,12 @@ async def test_an_unrecorded_turn_shifts_nothing(tinychat: Model, small: llamact
 
 async def test_a_model_answers_a_text_or_messages(tinychat: Model) -> None:
     assert "5" in (await soon(tinychat.respond(SUM))).content
-    history = [{"role": "user", "content": HELLO}, AssistantMessage("Hi!"), UserMessage(NAME)]
+    hello = {"role": "user", "content": HELLO}
+    history: list[MessageLike] = [
+        hello,
+        AssistantMessage("Nice to meet you, Ada!"),
+        UserMessage(NAME),
+    ]
     first = await soon(tinychat.respond(history))
     assert "Ada" in first.content
     again = await soon(tinychat.respond(history))
@@ -681,7 +694,8 @@ async def test_a_model_answers_a_text_or_messages(tinychat: Model) -> None:
 
 
 async def test_without_a_session_nothing_is_dropped_unless_asked(tinychat: Model) -> None:
-    long = [UserMessage(SUM), AssistantMessage("5")] * 100 + [UserMessage(SUM)]
+    long: list[Message] = [UserMessage(SUM), AssistantMessage("5")] * 100
+    long.append(UserMessage(SUM))
     with pytest.raises(ContextOverflowError):
         await soon(tinychat.respond(long))
     result = await soon(tinychat.respond(long, overflow="rolling_window"))
@@ -691,10 +705,10 @@ async def test_without_a_session_nothing_is_dropped_unless_asked(tinychat: Model
 
 async def test_there_must_be_something_to_answer(tinychat: Model) -> None:
     with pytest.raises(ValueError, match="must not be empty"):
-        tinychat.respond([])
+        _ = tinychat.respond([])
     with pytest.raises(TypeError, match=r"messages\[0\]"):
-        tinychat.respond([1])  # type: ignore[list-item]
+        _ = tinychat.respond([1])  # type: ignore[list-item]
     async with tinychat.create_context(context_size=64, sequences=1, threads=1):
         await tinychat.aclose()
     with pytest.raises(ClosedError):
-        tinychat.respond("Hi")
+        _ = tinychat.respond("Hi")

@@ -14,6 +14,7 @@ from llamactor.chat.completion import CompletionEngine, OnGeneration
 from llamactor.chat.history import History, leading_system
 from llamactor.chat.messages import Message, MessageLike, SystemMessage, UserMessage, to_messages
 from llamactor.chat.shift import check_overflow
+from llamactor.chat.template import check_template_names, check_tool_definitions
 from llamactor.chat.turn import ChatState, ChatUsage, OnMessage, Turn, TurnRequest, respond
 from llamactor.errors import ClosedError
 from llamactor.options import GenerationKeywords, GenerationOptions, generation_options
@@ -100,6 +101,7 @@ class ChatSession:
         )
         check_overflow(self._settings.options.overflow)
         self._closed = False
+        self._check_open()
         self._state = ChatState(_beginning(system_prompt, history), home.context.new_chat())
 
     # --- what it is -------------------------------------------------------------------------------
@@ -402,8 +404,9 @@ class ChatSession:
 
     def _check_open(self) -> None:
         check_loop(self._loop, "a chat session")
-        if self._closed:
-            raise ClosedError("the chat session was closed")
+        if self.closed:
+            what = "the chat session" if self._closed else "the chat session's context"
+            raise ClosedError(f"{what} was closed")
 
     @contextlib.asynccontextmanager
     async def _waiting(self) -> AsyncIterator[ChatState]:
@@ -464,14 +467,8 @@ def respond_to(
 
 
 def checked_tools(tools: Iterable[Mapping[str, Any]] | None) -> tuple[Mapping[str, Any], ...]:
-    """Return schemas of tools; None is none."""
-    if tools is None:
-        return ()
-    checked = tuple(check.check_items("tools", tools))
-    for i, tool in enumerate(checked):
-        if not isinstance(tool, Mapping):
-            raise TypeError(f"tools[{i}] must be a schema (a dict), not {check.describe(tool)}")
-    return checked
+    """Return schemas of tools in the form that templates expect; None is none."""
+    return () if tools is None else tuple(check_tool_definitions(tools))
 
 
 def _beginning(system_prompt: str | None, history: Iterable[MessageLike] | History) -> History:
@@ -497,7 +494,7 @@ def _kwargs(value: object) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError(f"template_kwargs must be a dict by name, not {check.describe(value)}")
-    return dict(value)
+    return check_template_names(value)
 
 
 def _callback(value: object) -> OnMessage | None:

@@ -31,7 +31,6 @@ from llamactor.chat.shift import (
     erased_ranges,
     native_overflow,
 )
-
 from llamactor.chat.template import RenderedChat, render_chat
 from llamactor.errors import DeadlineExceededError
 from llamactor.options import GenerationOptions, native_options

@@ -1,0 +1,58 @@
+"""From the words of the command line to an exit status."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+
+from llamactor.cli.arguments import ChatArguments, parse
+from llamactor.cli.chat import chat
+from llamactor.cli.complete import complete
+from llamactor.cli.terminal import (
+    Interrupts,
+    discard_output,
+    replace_what_cannot_be_written,
+    say,
+)
+from llamactor.errors import LlamactorError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llamactor.cli.arguments import CompleteArguments
+
+FAILED = 1
+CANCELLED = 130
+"""What shells report for a process that Ctrl-C has ended."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    It is 0, or 1 after a failure, which stderr tells, or 130 after Ctrl-C. Wrong arguments end the
+    program with 2.
+
+    Args:
+        words: Those after the program's name; None takes the process's own.
+    """
+    arguments = parse(words)
+    replace_what_cannot_be_written()
+    try:
+        return anyio.run(_run, arguments)
+    except BrokenPipeError:
+        discard_output()
+        return 0
+    except KeyboardInterrupt:
+        return CANCELLED
+    except (LlamactorError, OSError, ValueError) as error:
+        say(f"llamactor: {error}\n")
+        return FAILED
+
+
+async def _run(arguments: ChatArguments | CompleteArguments) -> int:
+    with anyio.CancelScope() as scope, Interrupts(scope.cancel) as interrupts:
+        if isinstance(arguments, ChatArguments):
+            return await chat(arguments, interrupts)
+        return await complete(arguments)
+    return CANCELLED
