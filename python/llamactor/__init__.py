@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 
 from llamactor import _core
+from llamactor import context_shift as context_shift
 from llamactor.chat import (
     AssistantMessage,
     ChatSession,

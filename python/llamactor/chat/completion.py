@@ -86,8 +86,7 @@ class CompletionCache:
         """
         found = [entry for entry in self._entries.values() if entry.rest(text) is not None]
         saying = [entry for entry in found if entry.rest(text)]
-        best = (saying or found or [None])[-1]
-        return None if best is None else self._use(best)
+        return self._use((saying or found)[-1]) if found else None
 
     def open(self, text: str, left: int) -> Entry:
         """Return a new entry for `text` in place of any other; the oldest one may go for it."""

@@ -10,16 +10,26 @@ import msgspec
 
 from llamactor import _checks as check
 from llamactor._hub import check_loop, finalisers_rest, running_loop
+from llamactor._opening import Opening
 from llamactor.chat.completion import CompletionEngine, OnGeneration
 from llamactor.chat.history import History, leading_system
 from llamactor.chat.messages import Message, MessageLike, SystemMessage, UserMessage, to_messages
+from llamactor.chat.saved import (
+    SavedChat,
+    full_options,
+    plain_options,
+    put_state_back,
+    read_chat,
+    write_chat,
+)
 from llamactor.chat.shift import check_overflow
-from llamactor.chat.template import check_template_names, check_tool_definitions
+from llamactor.chat.template import check_template_names, check_tool_definitions, render_chat
 from llamactor.chat.turn import ChatState, ChatUsage, OnMessage, Turn, TurnRequest, respond
 from llamactor.errors import ClosedError
 from llamactor.options import GenerationKeywords, GenerationOptions, generation_options
 
 if TYPE_CHECKING:
+    import os
     from types import TracebackType
 
     from llamactor._home import Home, Housing
@@ -332,6 +342,110 @@ class ChatSession:
                 on_message=settings.on_message,
                 options=settings.options,
             )
+
+    # --- what is kept of it -----------------------------------------------------------------------
+
+    async def save(self, path: str | os.PathLike[str], *, include_state: bool = True) -> None:
+        """Write history, window and settings to a file, with the fingerprint of the model.
+
+        Functions among the options (a logits processor, a custom strategy) can't be saved: give
+        them to `restore` again. It waits for what was asked before it, and for a free sequence if
+        the state is included. Cancelling this leaves the file as it was, or writes all of it.
+
+        Args:
+            path: The file, which is replaced at once; its folder must exist.
+            include_state: Also write what is evaluated, so that the next prompt goes on at once.
+                It takes much more room than the history.
+
+        Raises:
+            OSError: it cannot be written.
+            ClosedError: the session was closed.
+        """
+        checked = check.check_path("path", path)
+        async with self._waiting() as state:
+            tokens = await self._window_tokens() if include_state else None
+            await write_chat(self._home, state.key, checked, self._saved(), tokens)
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | os.PathLike[str],
+        target: Housing,
+        *,
+        on_message: OnMessage | None = None,
+        **options: Unpack[GenerationKeywords],
+    ) -> Opening[ChatSession]:
+        """Return the session that a file holds: ``await`` it or enter it with ``async with``.
+
+        The state is used if the file has one and the context can take it; else the first prompt
+        evaluates the history again. Cancelling it leaves no session behind.
+
+        Args:
+            path: A file that `save` wrote, with the same model.
+            target: The model, or a context or sequence of it, where the session goes on.
+            on_message: Called with each message that enters the history by a prompt.
+            **options: Laid over those that were saved; see `GenerationOptions`.
+
+        Raises:
+            StateMismatchError: the file is of another model, damaged, or of a later release.
+            FileNotFoundError: there is no such file.
+            ClosedError: model or context was closed.
+        """
+        return Opening(cls._restored(check.check_path("path", path), target, on_message, options))
+
+    @classmethod
+    async def _restored(
+        cls,
+        path: str,
+        target: Housing,
+        on_message: OnMessage | None,
+        options: Mapping[str, Any],
+    ) -> ChatSession:
+        home = target._home()  # noqa: SLF001 -- for this
+        saved, has_state = await read_chat(home, path)
+        session = cls(
+            home,
+            history=History(saved.history, saved.window),
+            tools=saved.tools,
+            chat_template=saved.template,
+            template_kwargs=saved.template_kwargs,
+            on_message=on_message,
+            options=generation_options({"options": full_options(saved.options), **options}),
+        )
+        if has_state:
+            try:
+                await put_state_back(home, session._state.key, path)
+            except BaseException:
+                await session.aclose()
+                raise
+        return session
+
+    def _saved(self) -> SavedChat:
+        settings, history = self._settings, self._state.history
+        own = settings.template == self._home.template
+        return SavedChat(
+            history=history.messages,
+            window=history.window,
+            options=plain_options(settings.options),
+            tools=tuple(dict(tool) for tool in settings.tools),
+            template=None if own else settings.template,
+            template_kwargs=dict(settings.template_kwargs),
+        )
+
+    async def _window_tokens(self) -> list[int]:
+        """What the next prompt will begin with, as far as the context has room for it."""
+        messages, settings = self._state.history.shown, self._settings
+        if not messages:
+            return []
+        rendered = await render_chat(
+            self._home.model,
+            settings.template,
+            messages,
+            tools=settings.tools,
+            add_generation_prompt=False,
+            kwargs=settings.template_kwargs,
+        )
+        return rendered.tokens[: self._home.context_size]
 
     async def aclose(self) -> None:
         """End the conversation; idempotent. What still runs or waits fails with `ClosedError`.

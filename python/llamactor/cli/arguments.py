@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping  # noqa: TC003 -- msgspec reads it
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -23,7 +23,7 @@ from llamactor.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 REFERENCE = 'path of a .gguf, "smollm2", or "pkg:name" (%(default)s)'
 CHAT_OVERFLOWS = ("erase_oldest", "truncate_middle", "rolling_window", "stop_at_limit")
@@ -121,7 +121,9 @@ def _switch(name: str, text: str) -> Flag:
 
 
 LOADING: tuple[Flag, ...] = (
-    _flag("context_size", _number_or("auto", "auto"), "tokens it has room for (as trained, ≤ 8192)"),
+    _flag(
+        "context_size", _number_or("auto", "auto"), "tokens it has room for (as trained, ≤ 8192)"
+    ),
     _flag("threads", int, "compute threads (physical cores less one)"),
     _flag("gpu_layers", _number_or("auto", "auto"), "layers on the GPU, if there is one (all)"),
     _flag("flash_attention", str, "fused attention (auto)", choices=FLASH_ATTENTION),

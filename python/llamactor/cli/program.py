@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
-
-import anyio
 
 from llamactor.cli.arguments import ChatArguments, parse
 from llamactor.cli.chat import chat
@@ -39,7 +38,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parse(words)
     replace_what_cannot_be_written()
     try:
-        return anyio.run(_run, arguments)
+        return asyncio.run(_run(arguments))
     except BrokenPipeError:
         discard_output()
         return 0
@@ -51,8 +50,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 async def _run(arguments: ChatArguments | CompleteArguments) -> int:
-    with anyio.CancelScope() as scope, Interrupts(scope.cancel) as interrupts:
-        if isinstance(arguments, ChatArguments):
-            return await chat(arguments, interrupts)
-        return await complete(arguments)
-    return CANCELLED
+    task = asyncio.current_task()
+    assert task is not None
+    try:
+        with Interrupts(task.cancel) as interrupts:
+            if isinstance(arguments, ChatArguments):
+                return await chat(arguments, interrupts)
+            return await complete(arguments)
+    except asyncio.CancelledError:
+        return CANCELLED

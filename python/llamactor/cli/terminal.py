@@ -62,9 +62,18 @@ class Interrupts:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
 
 
-def write(text: str) -> None:
-    """Write to stdout at once; a terminal gets no control characters but newline and tab."""
-    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+def write(text: str, *, faint: bool = False) -> None:
+    """Write to stdout at once; a terminal gets no control characters but newline and tab.
+
+    Args:
+        text: What to write.
+        faint: In a faint colour, if stdout is a terminal that has one.
+    """
+    if sys.stdout.isatty():
+        text = visible(text)
+        if faint and has_colours():
+            text = f"\x1b[2m{text}\x1b[22m"
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 
@@ -79,10 +88,9 @@ def visible(text: str) -> str:
     return text.translate(_PICTURES)
 
 
-def dimmed(text: str) -> str:
-    """Return it in a faint colour where stdout is a terminal that has one."""
-    plain = "NO_COLOR" in os.environ or os.environ.get("TERM", "dumb") == "dumb"
-    return text if plain or not sys.stdout.isatty() else f"\x1b[2m{text}\x1b[22m"
+def has_colours() -> bool:
+    """Return whether a terminal shows colours, and the user wants them."""
+    return "NO_COLOR" not in os.environ and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def replace_what_cannot_be_written() -> None:
