@@ -357,12 +357,15 @@ class Prediction:
         state = getattr(self, "_state", None)
         if state is None or finalisers_rest():
             return
-        if state.native.done:
+        done = state.native.done
+        if done:
             _report_unretrieved(state)
+        # A chat wants to hear of the end. A closed loop hears nothing, and its hub must not keep it.
+        if state.on_settled is None or state.loop.is_closed():
+            state.hub.forget(state.ident)
+        if done:
             return
         forgotten = not state.native.touched()
-        if state.on_settled is None:
-            state.hub.forget(state.ident)
         state.native.cancel()
         if forgotten:
             message = "a prediction was dropped unfinished, and never read, awaited or cancelled"
@@ -570,17 +573,6 @@ class Deferred:
     def cancel(self) -> None:
         """Cancel it, as its handle does."""
         self._state.native.cancel()
-
-    async def wait(self) -> None:
-        """Wait for its end without being interested in it. Cancelling this changes nothing."""
-        state = self._state
-        if not state.native.done:
-            waiter = state.loop.create_future()
-            state.waiters.add(waiter)
-            try:
-                await waiter
-            finally:
-                state.waiters.discard(waiter)
 
 
 def defer_prediction(

@@ -513,6 +513,19 @@ RECORDING = Path(__file__).parent / "typing_session.json"
 SEEDS = range(4)
 
 
+@pytest.fixture
+async def endless_context(tiny_model: Model) -> AsyncIterator[Context]:
+    """A context of a model that never ends by itself."""
+    async with tiny_model.create_context(context_size=1024, sequences=2, threads=1) as context:
+        yield context
+
+
+@pytest.fixture
+async def endless(endless_context: Context) -> AsyncIterator[ChatSession]:
+    async with ChatSession(endless_context) as session:
+        yield session
+
+
 def keystrokes() -> list[tuple[str, str]]:
     """What was done, and the text after it, for each keystroke."""
     strokes, text = [], ""
@@ -569,10 +582,10 @@ async def test_a_typing_session_sees_nothing_stale_and_leaves_nothing_running(
 @pytest.mark.every_loop
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_a_typing_session_cut_short_anywhere_leaves_nothing_running(
-    session: ChatSession, context: Context, seed: int
+    endless: ChatSession, endless_context: Context, seed: int
 ) -> None:
     draw = random.Random(seed)
-    screen = Screen(session, max_tokens=100)
+    screen = Screen(endless, max_tokens=100)
     for kind, text in keystrokes()[: draw.randrange(20, 60)]:
         screen.type(text)
         await some_time(screen, draw, kind)
@@ -580,8 +593,9 @@ async def test_a_typing_session_cut_short_anywhere_leaves_nothing_running(
     await some_time(screen, draw, "insert")
     seen = len(screen.news)
     await soon(screen.engine.aclose())
-    await nothing_runs(context, steps=1)
+    await nothing_runs(endless_context, steps=1)
     assert len(screen.news) == seen
+    assert screen.stale == []
     await until(lambda: tasks() == set())
 
 

@@ -232,9 +232,12 @@ class TerminalChat(Conversation):
 
     async def _interruptible(self, line: str) -> None:
         """Take a line; Ctrl-C ends that and nothing else."""
-        task = asyncio.ensure_future(self.take(line))
-        with self._interrupts.calling(task.cancel), self._editor.watching():
-            await asyncio.wait([task])
+        task = asyncio.create_task(self.take(line))
+        try:
+            with self._interrupts.calling(task.cancel), self._editor.watching():
+                await asyncio.wait([task])
+        finally:
+            task.cancel()
         if task.cancelled():
             self._cancelled()
         else:

@@ -6,7 +6,8 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import NestedCompleter, PathCompleter
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
 from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
@@ -17,7 +18,6 @@ from llamactor.cli.terminal import write
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 
-    from prompt_toolkit.completion import Completer
     from prompt_toolkit.key_binding.key_processor import KeyPress
 
     from llamactor.cli.terminal import Interrupts
@@ -45,9 +45,10 @@ class Editor:
         """
         self._interrupts = interrupts
         self._may_leave = False
+        self._held = contextlib.ExitStack()
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
-            completer=_completer(commands),
+            completer=CommandCompleter(commands),
             complete_style=CompleteStyle.READLINE_LIKE,
             complete_while_typing=False,
             enable_suspend=True,
@@ -57,12 +58,11 @@ class Editor:
         )
 
     def __enter__(self) -> Editor:
-        self._raw_mode = self._session.input.raw_mode()
-        self._raw_mode.__enter__()
+        self._held.enter_context(self._session.input.raw_mode())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._raw_mode.__exit__()
+        self._held.close()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -134,9 +134,22 @@ class Editor:
         return True
 
 
-def _completer(commands: Mapping[str, bool]) -> Completer:
-    paths = PathCompleter(expanduser=True)
-    return NestedCompleter({name: paths if path else None for name, path in commands.items()})
+class CommandCompleter(Completer):
+    """Completes the names of commands, and paths after those that take one."""
+
+    def __init__(self, commands: Mapping[str, bool]) -> None:
+        """Know commands, and whether a path follows."""
+        self._commands = commands
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+        """Yield what the text before the cursor may become."""
+        name, space, path = document.text_before_cursor.partition(" ")
+        if space and self._commands.get(name):
+            yield from self._paths.get_completions(Document(path), event)
+        elif name.startswith("/") and not space:
+            found = (command for command in self._commands if command.startswith(name))
+            yield from (Completion(command, start_position=-len(name)) for command in found)
 
 
 def _keys() -> KeyBindings:

@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from llamactor.cli.arguments import CompleteArguments
 
 FAILED = 1
-CANCELLED = 130
+INTERRUPTED = 130
 """What shells report for a process that Ctrl-C has ended."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    It is 0, or 1 after a failure, which stderr tells, or 130 after Ctrl-C. Wrong arguments end the
-    program with 2.
+    It is 0, or 1 after a failure, which stderr tells, or 130 after Ctrl-C (143 after SIGTERM).
+    Wrong arguments end the program with 2.
 
     Args:
         words: Those after the program's name; None takes the process's own.
@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
         discard_output()
         return 0
     except KeyboardInterrupt:
-        return CANCELLED
+        return INTERRUPTED
     except (LlamactorError, OSError, ValueError) as error:
         say(f"llamactor: {error}\n")
         return FAILED
@@ -52,10 +52,11 @@ def main(words: Sequence[str] | None = None) -> int:
 async def _run(arguments: ChatArguments | CompleteArguments) -> int:
     task = asyncio.current_task()
     assert task is not None
+    interrupts = Interrupts(task.cancel)
     try:
-        with Interrupts(task.cancel) as interrupts:
+        with interrupts:
             if isinstance(arguments, ChatArguments):
                 return await chat(arguments, interrupts)
             return await complete(arguments)
     except asyncio.CancelledError:
-        return CANCELLED
+        return interrupts.status

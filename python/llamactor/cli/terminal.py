@@ -34,12 +34,15 @@ _PICTURES = str.maketrans(
 class Interrupts:
     """What Ctrl-C does: the action that was set last, for as long as it is set.
 
-    It takes the signal from the event loop when entered, and gives it back at the end.
+    Entered, it takes SIGINT from the event loop, and SIGTERM and SIGHUP too. Those always do the
+    first action, which should end the program; it then has time to give the terminal back.
     """
 
     def __init__(self, action: Callable[[], object]) -> None:
         """Do `action` while nothing else is set."""
         self._actions = [action]
+        self.status = 128 + signal.SIGINT
+        """The exit status of a process that was ended by the last signal, as shells report it."""
 
     @contextlib.contextmanager
     def calling(self, action: Callable[[], object]) -> Iterator[None]:
@@ -54,12 +57,21 @@ class Interrupts:
         """Do what is to be done now."""
         self._actions[-1]()
 
+    def _end(self, number: int) -> None:
+        self.status = 128 + number
+        self._actions[0]()
+
     def __enter__(self) -> Interrupts:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self.fire)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self.fire)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._end, number)
         return self
 
     def __exit__(self, *_: object) -> None:
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.remove_signal_handler(number)
 
 
 def write(text: str, *, faint: bool = False) -> None:
