@@ -178,7 +178,7 @@ def long_chat(draw: Draw) -> Conversation:
     talk.turns = [turn for turn in talk.turns if turn.role != "system"]
     talk.persona, talk.memories = None, {}
     talk.tell(memory(draw, NAME))
-    length = draw.number(3000, 5200)
+    length = draw.number(2500, 4800)
     while sum(len(turn.content) for turn in talk.turns) + 70 * len(talk.turns) < length:
         talk.chatter() if draw.chance(0.85) else talk.know()
         if draw.chance(0.15):
@@ -209,7 +209,7 @@ def tool_chat(draw: Draw) -> Conversation:
 def _toolbox(draw: Draw) -> list[Tool]:
     """One to four tools that are not mistaken for each other."""
     offered = list[Tool]()
-    for _ in range(draw.one((1, 1, 2, 2, 3, 4))):
+    for _ in range(draw.one((1, 1, 1, 2, 2, 3))):
         one = tool(draw)
         clash = any(
             one.name == other.name or set(one.family.asked.split("|")) & set(other.family.asked.split("|"))
@@ -277,12 +277,12 @@ def _two_calls(question: str, wishes: list[tuple[Tool, Request]], reply: str) ->
 
 
 _MIXTURE: tuple[tuple[Callable[[Draw], Conversation], int], ...] = (
-    (chat, 34),
-    (name_chat, 14),
+    (chat, 64),
+    (name_chat, 30),
     (long_chat, 1),
-    (tool_chat, 29),
-    (json_chat, 13),
-    (think_chat, 9),
+    (tool_chat, 48),
+    (json_chat, 32),
+    (think_chat, 16),
 )
 _KINDS = [kind for kind, weight in _MIXTURE for _ in range(weight)]
 

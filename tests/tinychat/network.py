@@ -16,7 +16,7 @@ class Shape:
     vocabulary: int = 1280
     width: int = 192
     layers: int = 6
-    heads: int = 6
+    heads: int = 3
     inner: int = 512
     context: int = 2048
     rope_base: float = 10000.0

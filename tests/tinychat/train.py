@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 LONGEST = 1536
 _GRAIN = 32
 _POOL = 2500
+_SHORT_FIRST = (96, 96, 96, 160, 160, 160, 256, 256, 400)
+"""The longest conversations, in tokens, of the first pools: copying is learnt fastest from short ones."""
 _WARMUP = 120
 _DECAY = 0.4
 """The part of the run, at its end, in which the learning rate falls."""
@@ -90,8 +92,6 @@ def batches(talks: Iterable[Encoded], budget: int) -> Iterator[Batch]:
     """The conversations in batches of at most `budget` tokens, the longest in each at its end."""
     group = list[Encoded]()
     for talk in sorted(talks, key=lambda talk: len(talk.tokens)):
-        if len(talk.tokens) > LONGEST:
-            break
         if group and (len(group) + 1) * _padded(talk) > budget:
             yield _batch(group)
             group = []
@@ -118,10 +118,16 @@ def _batch(group: Sequence[Encoded]) -> Batch:
 def stream(vocabulary: Tokenizer, seed: str, budget: int) -> Iterator[Batch]:
     """Endless batches of ever new conversations."""
     for pool in itertools.count():
-        talks = list(itertools.islice(conversations(f"{seed}-{pool}"), _POOL))
-        yield from Draw(f"order-{seed}-{pool}").shuffled(
-            list(batches(encode(vocabulary, talks), budget))
-        )
+        longest = _SHORT_FIRST[pool] if pool < len(_SHORT_FIRST) else LONGEST
+        talks = itertools.islice(_fitting(vocabulary, f"{seed}-{pool}", longest), _POOL)
+        yield from Draw(f"order-{seed}-{pool}").shuffled(list(batches(talks, budget)))
+
+
+def _fitting(vocabulary: Tokenizer, seed: str, longest: int) -> Iterator[Encoded]:
+    talks = conversations(seed)
+    while True:
+        group = encode(vocabulary, list(itertools.islice(talks, 500)))
+        yield from (talk for talk in group if len(talk.tokens) <= longest)
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from llamactor import (
     UnsupportedError,
     UserMessage,
 )
+from llamactor.context_shift import ShiftRequest, ShiftResult
 from tests.contexts import soon, until, waiting
 
 if TYPE_CHECKING:
@@ -674,6 +675,34 @@ async def test_an_unrecorded_turn_shifts_nothing(tinychat: Model, small: llamact
         result = await soon(session.prompt(LONG, record=False, max_tokens=10))
         assert result.context_shift is not None
         assert session.context_window == before == session.history
+
+
+async def test_a_strategy_may_ask_the_model(tinychat: Model, small: llamactor.Context) -> None:
+    asked: list[str] = []
+
+    async def summarise(request: ShiftRequest) -> ShiftResult:
+        asked.append((await tinychat.respond(SUM)).content)
+        return ShiftResult((SystemMessage("It was about sums."), request.messages[-1]))
+
+    async with tinychat.chat(context=small, overflow=summarise) as session:
+        while not asked:
+            await soon(session.prompt(SUM, max_tokens=10))
+        assert session.context_window[0] == SystemMessage("It was about sums.")
+        assert session.context_window[-2:] == session.history[-2:]
+
+
+@pytest.mark.parametrize("use", ["prompt", "fork", "reset"])
+async def test_a_strategy_cannot_use_the_session_that_waits_for_it(
+    tinychat: Model, small: llamactor.Context, use: str
+) -> None:
+    async def confused(request: ShiftRequest) -> ShiftResult:
+        await (chat.prompt("Sum this up.") if use == "prompt" else getattr(chat, use)())
+        return ShiftResult(request.messages[-1:])
+
+    async with tinychat.chat(context=small, overflow=confused) as chat:
+        with pytest.warns(RuntimeWarning, match="cannot use the session that waits for it"):
+            await soon(chat.prompt(LONG * 3, max_tokens=10))
+        assert len(chat.history) == 2
 
 
 # --- answering without a session ----------------------------------------------------------------

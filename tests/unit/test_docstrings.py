@@ -46,7 +46,7 @@ def members(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Function |
 MODULES = {
     path.stem: ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(PACKAGE.rglob("*.py"))
-    if path.name not in NOT_PUBLIC
+    if path.name not in NOT_PUBLIC and path.parent.name != "cli"
 }
 PUBLIC = dict(item for stem, tree in MODULES.items() for item in members(tree.body, stem))
 FUNCTIONS = {name: node for name, node in PUBLIC.items() if not isinstance(node, ast.ClassDef)}

@@ -217,6 +217,7 @@ class CompletionEngine:
 
         One that was waiting for its turn is asked for anew.
         """
+        self._cache.clear()
         waits = self._job is not None and self._job.waits
         self._supersede()
         if waits and not self._closed:

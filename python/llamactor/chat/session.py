@@ -24,7 +24,15 @@ from llamactor.chat.saved import (
 )
 from llamactor.chat.shift import check_overflow
 from llamactor.chat.template import check_template_names, check_tool_definitions, render_chat
-from llamactor.chat.turn import ChatState, ChatUsage, OnMessage, Turn, TurnRequest, respond
+from llamactor.chat.turn import (
+    ChatState,
+    ChatUsage,
+    OnMessage,
+    Turn,
+    TurnRequest,
+    require_outside,
+    respond,
+)
 from llamactor.errors import ClosedError
 from llamactor.options import GenerationKeywords, GenerationOptions, generation_options
 
@@ -161,7 +169,8 @@ class ChatSession:
         messages enter the history when the answer has ended. A prediction that fails leaves
         history, window and cache as they were. One that is cancelled does too if nothing was
         generated yet; else it is recorded as far as it came. It is cancelled when everybody who
-        waited for it or iterated it is gone; see `Prediction`.
+        waited for it or iterated it is gone; see `Prediction`. One that pauses because its readers
+        lag holds up those behind it.
 
         Args:
             text: What the user says.
@@ -506,6 +515,7 @@ class ChatSession:
 
     def _launch(self, request: TurnRequest) -> Prediction:
         self._check_open()
+        require_outside(self._state)
         turn = Turn(self._home, self._state, request)
         if not request.yields:
             self._supersede()
@@ -526,6 +536,7 @@ class ChatSession:
     async def _waiting(self) -> AsyncIterator[ChatState]:
         """Have the session to oneself, in the order of the calls."""
         self._check_open()
+        require_outside(self._state)
         async with self._state.line.join():
             self._check_open()
             yield self._state
@@ -534,6 +545,7 @@ class ChatSession:
     async def _editing(self) -> AsyncIterator[ChatState]:
         """The same, for what changes the history."""
         self._check_open()
+        require_outside(self._state)
         self._supersede()
         async with self._waiting() as state:
             yield state

@@ -13,6 +13,7 @@ everywhere, and the driver hears of it like anybody else.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from llamactor.chat.completion import CompletionEngine
 
 OnMessage: TypeAlias = Callable[[Message], object]
+
+_driven: contextvars.ContextVar[ChatState | None] = contextvars.ContextVar("driven", default=None)
+"""The chat whose turn this code is a part of: a strategy of the user's own runs in the driver."""
 
 _UNTIL_THE_TEXT = (UserMessage("a"), UserMessage("b"))
 """What two prompts have in common whose text differs from its first character on."""
@@ -206,6 +210,7 @@ class Turn:
     # --- the driver -------------------------------------------------------------------------------
 
     async def _drive(self) -> None:
+        _driven.set(self._state)
         try:
             async with asyncio.timeout_at(self._deadline) as limit:
                 await self._place.reached()
@@ -285,9 +290,8 @@ class Turn:
         if self._deadline is not None:
             left = self._deadline - asyncio.get_running_loop().time()
             native["deadline"] = max(left, 0.001)  # the core says what it thinks of that
-        self._begun = True
         self._tokens = tokens
-        self._deferred.start(
+        self._begun = self._deferred.start(
             tokens,
             native,
             chat=state.key,
@@ -337,6 +341,15 @@ class Turn:
         except Exception as error:
             context = {"message": "on_message of a chat failed", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
+
+
+def require_outside(state: ChatState) -> None:
+    """Raise `RuntimeError` for code that a turn of this chat waits for: it would wait for ever."""
+    if _driven.get() is state:
+        raise RuntimeError(
+            "a context shift strategy cannot use the session that waits for it; "
+            "model.respond works, and so does a session of its own"
+        )
 
 
 def cut_tokens(model: _core.Model, tokens: list[int], text: str) -> list[int] | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import msgspec
 
+from llamactor.cli.terminal import explained
 from llamactor.loading import DEFAULT_MODEL
 from llamactor.options import (
     FLASH_ATTENTION,
@@ -82,7 +83,7 @@ def parse(words: Sequence[str] | None) -> ChatArguments | CompleteArguments:
     try:
         return make(given)
     except (OSError, TypeError, ValueError) as error:
-        command.error(str(error))
+        command.error(explained(error))
 
 
 # --- values -------------------------------------------------------------------------------------

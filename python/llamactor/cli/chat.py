@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -11,7 +12,7 @@ import msgspec
 
 from llamactor.chat import AssistantMessage, Message, UserMessage
 from llamactor.chat.session import ChatSession
-from llamactor.cli.terminal import loaded, read_lines, say, statistics, write
+from llamactor.cli.terminal import STDIN, explained, loaded, read_lines, say, statistics, write
 from llamactor.errors import LlamactorError
 from llamactor.loading import load_model
 from llamactor.prediction import Prediction, PredictionResult, TextDelta
@@ -53,7 +54,7 @@ async def chat(arguments: ChatArguments, interrupts: Interrupts) -> int:
     """
     async with await loaded(load_model(arguments.model, **arguments.loading)) as model:
         session = await _session(model, arguments)
-        if sys.stdin.isatty() and sys.stdout.isatty():
+        if os.isatty(STDIN) and sys.stdout.isatty():
             await TerminalChat(model, session, arguments, interrupts).run()
         else:
             await PipeChat(model, session, arguments).run()
@@ -62,9 +63,11 @@ async def chat(arguments: ChatArguments, interrupts: Interrupts) -> int:
 
 async def _session(model: Model, arguments: ChatArguments) -> ChatSession:
     if arguments.saved is not None:
-        return await ChatSession.restore(arguments.saved, model)
+        return await ChatSession.restore(arguments.saved, model, **arguments.generation)
     return model.chat(
-        system_prompt=arguments.system_prompt, template_kwargs=arguments.template_kwargs
+        system_prompt=arguments.system_prompt,
+        template_kwargs=arguments.template_kwargs,
+        **arguments.generation,
     )
 
 
@@ -119,8 +122,7 @@ class Conversation:
             await self._prompt(line.removeprefix("/"))
 
     async def _prompt(self, text: str) -> None:
-        prediction = self.session.prompt(text, **self.arguments.generation)
-        self.last = await self.answer(prediction)
+        self.last = await self.answer(self.session.prompt(text))
         if self.arguments.stats:
             say(statistics(self.last))
 
@@ -133,7 +135,7 @@ class Conversation:
     async def load(self, argument: str) -> None:
         """Go on with a saved conversation. Cancelling this goes on with this one."""
         path = _path(argument, "/load PATH")
-        restored = await ChatSession.restore(path, self.model)
+        restored = await ChatSession.restore(path, self.model, **self.arguments.generation)
         before, self.session = self.session, restored
         await before.aclose()
         self.note(f"loaded {_messages(restored.history)} from {path}")
@@ -183,7 +185,7 @@ class PipeChat(Conversation):
 
     async def run(self) -> None:
         """Take every line. Cancelling this cancels the answer that is being given."""
-        async for line in read_lines(sys.stdin.fileno()):
+        async for line in read_lines(STDIN):
             if self.arguments.echo:
                 write(f"> {line}\n")
             await self.take(line)
@@ -228,7 +230,7 @@ class TerminalChat(Conversation):
         try:
             await self._interruptible(line)
         except (LlamactorError, OSError, ValueError) as error:
-            say(f"llamactor: {error}\n")
+            say(f"llamactor: {explained(error)}\n")
 
     async def _interruptible(self, line: str) -> None:
         """Take a line; Ctrl-C ends that and nothing else."""

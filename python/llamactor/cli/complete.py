@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from typing import TYPE_CHECKING
 
-from llamactor.cli.terminal import loaded, read_all, say, statistics, write
+from llamactor.cli.terminal import STDIN, loaded, read_all, say, statistics, write
 from llamactor.loading import load_model
 
 if TYPE_CHECKING:
@@ -30,10 +30,10 @@ async def complete(arguments: CompleteArguments) -> int:
 
 
 async def _prompt_of_stdin() -> str:
-    if sys.stdin.isatty():
+    if os.isatty(STDIN):
         say("the text to continue, then Ctrl-D:\n")
     # The last line's end is the file's, not the text's.
-    text = (await read_all(sys.stdin.fileno())).removesuffix("\n")
+    text = (await read_all(STDIN)).removesuffix("\n")
     if not text:
         raise ValueError("stdin is empty: there is nothing to continue")
     return text

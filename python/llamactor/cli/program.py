@@ -11,6 +11,7 @@ from llamactor.cli.complete import complete
 from llamactor.cli.terminal import (
     Interrupts,
     discard_output,
+    explained,
     replace_what_cannot_be_written,
     say,
 )
@@ -45,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except (LlamactorError, OSError, ValueError) as error:
-        say(f"llamactor: {error}\n")
+        say(f"llamactor: {explained(error)}\n")
         return FAILED
 
 

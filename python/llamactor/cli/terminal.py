@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llamactor.model import Model
     from llamactor.prediction import PredictionResult
 
+STDIN = 0
 READ_SIZE = 1 << 16
 MAX_LINE_BYTES = 16 << 20
 """The longest line of a pipe; no text may be longer."""
@@ -103,6 +104,13 @@ def visible(text: str) -> str:
 def has_colours() -> bool:
     """Return whether a terminal shows colours, and the user wants them."""
     return "NO_COLOR" not in os.environ and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def explained(error: Exception) -> str:
+    """Return what went wrong, in words alone."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 def replace_what_cannot_be_written() -> None:
