@@ -152,7 +152,7 @@ async def first_piece(prediction: Prediction) -> None:
 
 
 @pytest.mark.every_loop
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 async def test_the_history_is_the_sum_of_what_was_not_cancelled(tinychat: Model, seed: int) -> None:
     draw = random.Random(seed)
     async with tinychat.create_context(context_size=256, sequences=2, threads=1) as context:

@@ -42,9 +42,6 @@ ENTER, UP, TAB = "\r", "\x1b[A", "\t"
 CONTROL_C, CONTROL_D = "\x03", "\x04"
 
 
-PIPES: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-
-
 class Terminal:
     """A process at a pseudo-terminal, and what it has shown."""
 
@@ -139,6 +136,12 @@ def piped(
     )
     out, err = done.stdout.decode(), done.stderr.decode()
     return subprocess.CompletedProcess(done.args, done.returncode, out, err)
+
+
+def endless(command: list[str]) -> Any:
+    """Start a command whose answers have no end, with pipes to it."""
+    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([*command, "--ignore-eos", "--overflow", "rolling_window"], **pipes)
 
 
 def outcome(done: subprocess.CompletedProcess[str]) -> tuple[int, str, str]:
@@ -367,8 +370,7 @@ def test_the_first_failure_over_a_pipe_ends_it(line: bytes, complaint: str) -> N
 def test_a_signal_ends_what_reads_a_pipe(
     command: list[str], number: signal.Signals, status: int
 ) -> None:
-    endless = ["--ignore-eos", "--overflow", "rolling_window"]
-    with subprocess.Popen([*command, *endless], **PIPES) as process:
+    with endless(command) as process:
         process.stdin.write(b"Hello, my name is Ada.\n")
         process.stdin.flush()
         if command is COMPLETE:
@@ -381,8 +383,7 @@ def test_a_signal_ends_what_reads_a_pipe(
 
 
 def test_a_reader_that_goes_away_is_no_failure() -> None:
-    endless = ["--ignore-eos", "--overflow", "rolling_window"]
-    with subprocess.Popen([*CHAT, *endless], **PIPES) as process:
+    with endless(CHAT) as process:
         process.stdin.write(b"Hello, my name is Ada.\n")
         process.stdin.flush()
         assert process.stdout.read(10)
@@ -394,16 +395,20 @@ def test_a_reader_that_goes_away_is_no_failure() -> None:
 # --- options ------------------------------------------------------------------------------------
 
 
-def test_options_reach_the_answers() -> None:
-    question = "Hello, my name is Ada."
-    assert piped([*CHAT, "--max-tokens", "1"], question).stdout == "Nice\n"
-    assert piped([*CHAT, "--stop", "meet"], question).stdout == "Nice to \n"
-    prefixed = piped([*CHAT, "--response-prefix", "Welcome"], question)
-    assert prefixed.stdout.startswith("Welcome")
-    drawn = [*CHAT, "--temperature", "2", "--top-k", "all", "--max-tokens", "20"]
-    first, again, other = (
-        piped([*drawn, "--seed", seed], question).stdout for seed in ("1", "1", "2")
-    )
+QUESTION = "<|im_start|>user\nHello, my name is Ada.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_options_reach_the_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    def completed(*options: str) -> str:
+        words = ["complete", QUESTION, "--model", str(TINYCHAT), "--threads", "1", *options]
+        assert main(words) == 0
+        return capsys.readouterr().out
+
+    assert completed("--max-tokens", "1") == "Nice\n"
+    assert completed("--stop", "Ada", "--stop", "meet") == "Nice to \n"
+    assert completed("--response-prefix", "Welcome").startswith("Welcome")
+    drawn = ("--temperature", "2", "--top-k", "all", "--max-tokens", "20")
+    first, again, other = (completed(*drawn, "--seed", seed) for seed in ("1", "1", "2"))
     assert first == again != other
 
 
@@ -473,22 +478,19 @@ def test_what_cannot_be_loaded_ends_with_a_message(tmp_path: Path) -> None:
 # --- completion ---------------------------------------------------------------------------------
 
 
-async def test_a_text_is_completed_from_an_argument_or_from_stdin(
-    tinychat: llamactor.Model,
-) -> None:
-    text = "<|im_start|>user\nHello, my name is Ada.<|im_end|>\n<|im_start|>assistant\n"
-    expected = (await tinychat.complete(text)).content + "\n"
-    assert expected == "Nice to meet you, Ada!\n"
-    assert outcome(piped([*COMPLETE, text])) == (0, expected, "")
-    assert outcome(piped(COMPLETE, text + "\n")) == (0, expected, "")
-    assert outcome(piped([*COMPLETE, "-"], text + "\n")) == (0, expected, "")
+def test_a_text_is_completed_from_an_argument_or_from_stdin() -> None:
+    expected = (0, "Nice to meet you, Ada!\n", "")
+    assert outcome(piped([*COMPLETE, QUESTION])) == expected
+    assert outcome(piped(COMPLETE, QUESTION + "\n")) == expected
+    assert outcome(piped([*COMPLETE, "-"], QUESTION + "\n")) == expected
 
 
-def test_special_tokens_may_be_plain_text() -> None:
+def test_special_tokens_may_be_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
     counts = []
     for more in ([], ["--no-special"]):
-        done = piped([*COMPLETE, "<|im_end|>", "--max-tokens", "1", "--stats", *more])
-        found = re.search(r"prompt_tokens +(\d+)", done.stderr)
+        words = ["complete", "<|im_end|>", "--model", str(TINYCHAT), "--max-tokens", "1"]
+        assert main([*words, "--stats", *more]) == 0
+        found = re.search(r"prompt_tokens +(\d+)", capsys.readouterr().err)
         assert found
         counts.append(int(found[1]))
     assert counts[0] == 1 < counts[1]

@@ -44,12 +44,13 @@ PYTHON_MODULES = {
     },
     "system": {"_checks", "_core"},
     "loading": {"_checks", "_core", "_hub", "errors", "model", "options", "prediction"},
+    "cli": {"chat", "errors", "loading", "options", "prediction"},
 }
 
 TOP_LEVEL = {
     *("Cargo.toml", "Cargo.lock", "pyproject.toml", "Makefile", "LICENSE"),
     *("README.md", "ARCHITECTURE.md"),
-    *("rust", "python", "tests", "benches"),
+    *("docs", "rust", "python", "tests", "benches"),
     *(".cargo", ".ci", ".editorconfig", ".gitignore", "rustfmt.toml"),
 }
 
