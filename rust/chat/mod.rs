@@ -76,7 +76,12 @@ pub fn render(model: &Model, request: &Request) -> Result<Rendered> {
     let pieces = prompt::cut(&layout.text, &layout.protected, job.controls);
     let kept = turns::kept_turns(model, &layout, &request.turns)?;
     let tokens = prompt::tokenise(model, &layout.text, &pieces, &kept)?;
-    let ends = prompt::message_ends(&layout, &pieces, |token| model.llama().is_eog(token));
+    let mut ends = prompt::message_ends(&layout, &pieces, |token| model.llama().is_eog(token));
+    if request.open_ended
+        && let Some(end) = ends.last_mut()
+    {
+        *end = layout.text.len();
+    }
     let answer = layout.text.get(ends.last().copied().unwrap_or(0)..).unwrap_or_default();
     Ok(Rendered {
         reasoning: reasoning::find(&job.template, if request.add_generation_prompt { answer } else { "" }),

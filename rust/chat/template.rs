@@ -35,13 +35,13 @@ const REFUSAL: &str = "\u{1}refused: ";
 
 /// For models without a template: plain names before the contents.
 pub const FALLBACK: &str = "\
-{%- for message in messages %}\
-{%- if message.role == 'system' %}{{ message.content }}\n\n\
-{%- elif message.role == 'assistant' %}Assistant: {{ message.content }}\n\n\
-{%- elif message.role == 'tool' %}Result: {{ message.content }}\n\n\
-{%- else %}User: {{ message.content }}\n\n\
-{%- endif %}{%- endfor %}\
-{%- if add_generation_prompt %}Assistant:{% endif %}";
+{% for message in messages %}\
+{% if message.role == 'system' %}{{ message.content }}\n\n\
+{% elif message.role == 'assistant' %}Assistant: {{ message.content }}\n\n\
+{% elif message.role == 'tool' %}Result: {{ message.content }}\n\n\
+{% else %}User: {{ message.content }}\n\n\
+{% endif %}{% endfor %}\
+{% if add_generation_prompt %}Assistant:{% endif %}";
 
 /// What ends an answer to the fallback template.
 pub const FALLBACK_STOPS: [&str; 2] = ["\nUser:", "\nResult:"];
@@ -170,7 +170,10 @@ fn describe(error: &minijinja::Error) -> String {
     }
     let line = error.line().map(|line| format!(" (line {line})")).unwrap_or_default();
     match cause.downcast_ref::<minijinja::Error>() {
-        Some(inner) => format!("{}: {}{line}", inner.kind(), inner.detail().unwrap_or("no details")),
+        Some(inner) => {
+            let detail = inner.detail().map(|detail| format!(": {detail}")).unwrap_or_default();
+            format!("{}{detail}{line}", inner.kind())
+        }
         None => format!("{cause}{line}"),
     }
 }
