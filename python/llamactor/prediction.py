@@ -557,7 +557,7 @@ class Deferred:
             dropped: The tokens that the chat's window had before, and the ranges of them that have
                 gone since: what follows is moved where the memory can, instead of evaluated again.
         """
-        turn = {"chat": chat, "keep": keep, "dropped": dropped}
+        turn: dict[str, object] = {"chat": chat, "keep": keep, "dropped": dropped}
         return self._context.begin(self._state.native, prompt, options, turn)
 
     def note_shift(self, kept: int, dropped: int) -> None:

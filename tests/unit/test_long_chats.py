@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -64,7 +65,7 @@ A_ROUND = (
 )
 """A turn with a call of a tool, as a loop of tools would leave it."""
 
-WORDS = "the old boat came home and nobody on the quay had thought to wait for it".split()
+WORDS = ("the", "old", "boat", "came", "home", "and", "nobody", "had", "thought", "to", "wait")
 
 
 async def in_short(request: ShiftRequest) -> ShiftResult:
@@ -118,9 +119,22 @@ class Talk:
         assert isinstance(window[1], UserMessage)
         return result
 
+    async def turn_or_overflow(self) -> PredictionResult | None:
+        """One turn, or None if it does not fit and nothing may go."""
+        try:
+            return await self.turn()
+        except ContextOverflowError:
+            return None
+
+    async def turns(self, count: int) -> None:
+        """As many turns."""
+        for _ in range(count):
+            await self.turn()
+
     async def call_a_tool(self) -> None:
         """Put a turn with a tool call into the history, as if it had been said."""
-        await soon(self.session.set_history([*self.session.history[-20:], *A_ROUND]))
+        system, *said = self.session.history
+        await soon(self.session.set_history([system, *said[-20:], *A_ROUND]))
 
 
 async def system_and_tools_are_in(context: Context, session: ChatSession, model: Model) -> None:
@@ -144,7 +158,7 @@ async def test_300_turns_in_512_tokens_with_tools(
             await talk.turn()
             if i % 30 == 0:
                 await system_and_tools_are_in(context, session, tinychat)
-        assert 30 < talk.shifts
+        assert talk.shifts > 30
     assert context.stats.sequences_active == 0
 
 
@@ -155,8 +169,7 @@ async def test_300_turns_with_a_strategy_of_one_s_own(context: Context) -> None:
     ) as session:
         talk = Talk(session, seed=2)
         with pytest.warns(RuntimeWarning, match="in_short left"):  # a prompt longer than all
-            for _ in range(300):
-                await talk.turn()
+            await talk.turns(300)
         assert talk.shifts > 30
 
 
@@ -165,20 +178,18 @@ async def test_300_turns_with_a_limit_end_with_errors_that_change_nothing(contex
     async with ChatSession(
         context, system_prompt=SYSTEM, tools=TOOLS, overflow="stop_at_limit"
     ) as session:
-        talk, errors = Talk(session, seed=3), 0
+        talk, overflows = Talk(session, seed=3), 0
         for _ in range(300):
             before = session.history
-            try:
-                result = await talk.turn()
-            except ContextOverflowError as error:
-                errors += 1
-                assert "stop_at_limit drops nothing" in str(error)
+            result = await talk.turn_or_overflow()
+            if result is None:
+                overflows += 1
                 assert session.history == before
                 await soon(session.reset())
             else:
                 assert result.context_shift is None
                 assert session.context_window == session.history
-        assert errors > 5
+        assert overflows > 5
 
 
 async def test_turns_with_tool_calls_go_whole(context: Context) -> None:
@@ -189,7 +200,7 @@ async def test_turns_with_tool_calls_go_whole(context: Context) -> None:
                 await talk.call_a_tool()
             await talk.turn()
             window = session.context_window
-            for before, message in zip(window, window[1:], strict=False):
+            for before, message in pairwise(window):
                 if isinstance(message, ToolMessage):
                     assert before == A_ROUND[1]
                 if message == A_ROUND[1]:
@@ -201,8 +212,7 @@ async def test_a_strategy_that_never_works_is_named_and_replaced(context: Contex
     async with ChatSession(context, system_prompt=SYSTEM, overflow=gives_up) as session:
         talk = Talk(session, seed=5)
         with pytest.warns(RuntimeWarning, match="gives_up failed with NotImplementedError"):
-            for _ in range(20):
-                await talk.turn()
+            await talk.turns(20)
         assert talk.shifts > 1
 
 

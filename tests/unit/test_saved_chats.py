@@ -6,7 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,7 +25,7 @@ ASKED = "What is my name?"
 """After `NAMED`, tinychat answers this with the name."""
 
 
-async def told(model: Model, **options: object) -> ChatSession:
+async def told(model: Model, **options: Any) -> ChatSession:
     """A chat that knows a name."""
     session = model.chat(**options)
     await session.prompt(NAMED, max_tokens=30)
@@ -161,7 +161,7 @@ async def test_functions_among_the_options_are_given_to_restore_again(
 ) -> None:
     calls = []
 
-    def processor(tokens: list[int], logits: memoryview) -> None:
+    def processor(tokens: list[int], logits: memoryview[float]) -> None:
         calls.append(len(tokens))
 
     session = tinychat.chat(logits_processor=processor, max_tokens=3)

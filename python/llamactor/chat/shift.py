@@ -478,7 +478,7 @@ async def _off_loop(size: int, function: Callable[P, T], *args: P.args, **kwargs
 
 
 class ShiftRequest(msgspec.Struct, frozen=True):
-    """What a strategy is asked: which of these messages stay?"""
+    """What a strategy is asked: which of these messages stay."""
 
     messages: tuple[Message, ...]
     """The last window and what has been said since; the newest prompt is the last user message."""
