@@ -68,7 +68,7 @@ asyncio.run(main())
 
 def answered_elsewhere(path: Path, context_size: int, asked: str) -> tuple[str, int, int, int]:
     """The answer of another process, tokens of its prompt, of those cached, and messages."""
-    command = [sys.executable, "-c", ELSEWHERE, TINYCHAT, path, str(context_size), asked]
+    command = [sys.executable, "-c", ELSEWHERE, *map(str, (TINYCHAT, path, context_size)), asked]
     ran = subprocess.run(command, capture_output=True, timeout=PATIENCE, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     content, n_tokens, n_cached, n_messages = json.loads(ran.stdout)
