@@ -25,6 +25,12 @@ ChatOverflow: TypeAlias = "Literal['erase_oldest'] | Overflow | Callable[..., An
 """In a chat also the default by its name, a strategy of `context_shift`, or an async function."""
 Stop: TypeAlias = "str | Sequence[str | Sequence[int]]"
 LogitBias: TypeAlias = "Mapping[int | str, float | Literal['never']]"
+ReasoningMarks: TypeAlias = tuple[str, str, bool, str]
+"""Start tag ("" if only prompts open it), end tag, whether the prompt opened it, closing text.
+
+The closing text is written in the model's place when the budget is used up: the end tag with the
+white space that the template puts round it, such as ``"\\n</think>\\n\\n"``.
+"""
 MAX_BREAKERS = 64
 """Sequence breakers DRY takes at most."""
 MAX_BREAKER_BYTES = 40
@@ -208,7 +214,10 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     """Most tokens to generate; None ends by the other stop reasons only."""
     stop: Stop | None = None
-    """A text, or a list of texts and token lists: each ends the generation and is left out."""
+    """A text, or a list of texts and token lists: each ends the generation and is left out.
+
+    They count in content only, never in reasoning.
+    """
     temperature: float = 0.0
     """0 always takes the likeliest token."""
     deterministic: bool = False
@@ -253,6 +262,12 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Text the answer begins with, evaluated as if the model had written it."""
     trim_trailing_whitespace: bool = False
     """Leave white space at the end out of the content."""
+    reasoning_budget: int | None = None
+    """Most tokens of one stretch of reasoning, which is then closed as the template closes it.
+
+    Takes effect where the chat template marks reasoning: 0 closes it at once, None never. The
+    tokens that close it are among those generated.
+    """
     priority: int = 0
     """Higher goes first, among those who wait for a sequence and in a batch."""
     deadline: float | None = None
@@ -303,6 +318,7 @@ class GenerationKeywords(TypedDict, total=False):
     ignore_eos: bool
     response_prefix: str | None
     trim_trailing_whitespace: bool
+    reasoning_budget: int | None
     priority: int
     deadline: float | None
     overflow: ChatOverflow | None
@@ -543,12 +559,18 @@ def load_options(keywords: Mapping[str, Any]) -> tuple[LoadOptions, ContextOptio
     return LoadOptions(**load), ContextOptions(**context)
 
 
-def native_options(options: GenerationOptions, vocabulary: _core.Model) -> dict[str, object]:
-    """Return the form the native predict takes; token options are checked against `vocabulary`."""
+def native_options(
+    options: GenerationOptions, vocabulary: _core.Model, reasoning: ReasoningMarks | None = None
+) -> dict[str, object]:
+    """Return the form the native predict takes; token options are checked against `vocabulary`.
+
+    `reasoning` says how the prompt's template marks reasoning, where it does.
+    """
     penalty = options.repeat_penalty
     if penalty is not None and not isinstance(penalty, RepeatPenalty):
         penalty = RepeatPenalty(penalty)
     native: dict[str, object] = {name: getattr(options, name) for name in _PLAIN}
+    native["reasoning"] = reasoning
     native["stop"] = _native_stop(options.stop, vocabulary)
     native["top_k"] = options.top_k or 0
     for name in _TUPLES:
@@ -768,6 +790,7 @@ _RULES: dict[str, Callable[[str, Any], object]] = {
     "ignore_eos": check.check_bool,
     "response_prefix": check.check_text,
     "trim_trailing_whitespace": check.check_bool,
+    "reasoning_budget": _integer(0, hint="None means no limit"),
     "priority": _integer(-MAX_INT),
     "deadline": _real(0, MAX_SECONDS, above=True, hint="seconds from now; None means no limit"),
     "overflow": _check_overflow,

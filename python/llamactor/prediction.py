@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from llamactor import _core
+    from llamactor.options import ReasoningMarks
 
 T = TypeVar("T")
 
@@ -40,6 +41,8 @@ StopReason: TypeAlias = Literal[
 
 OnSettled: TypeAlias = "Callable[[PredictionResult, BaseException | None], object]"
 """Takes the outcome of a prediction."""
+
+SegmentKind: TypeAlias = Literal["reasoning"]
 
 READS_PER_TURN = 64
 """Pieces one iterator takes without suspending before it lets the loop run."""
@@ -102,13 +105,32 @@ class ContextShift(msgspec.Struct, frozen=True):
     """Tokens at the front that stayed in place."""
 
 
+class Segment(msgspec.Struct, frozen=True):
+    """A stretch of what was generated that is no content."""
+
+    kind: SegmentKind
+    """What it is."""
+    text: str
+    """Its text, without tags and the white space at them."""
+    start: int
+    """Index of its first token in the result's `tokens`."""
+    tokens: tuple[int, ...]
+    """Its tokens, tags included."""
+    duration: float
+    """Seconds from its first token to its last."""
+    closed: bool
+    """Whether its end tag came; False where the generation ended before."""
+    forced: bool
+    """Whether it was closed because `reasoning_budget` was used up."""
+
+
 class PredictionResult(msgspec.Struct, frozen=True):
     """The outcome of a prediction; of a cancelled or failed one, as far as it came."""
 
     content: str
-    """All text, response prefix included."""
+    """All text that is no reasoning, response prefix included."""
     tokens: list[int]
-    """The generated token ids."""
+    """The generated token ids, those of reasoning and its tags included."""
     logprobs: list[TokenLogprob] | None
     """One entry per generated token if `logprobs` was asked for."""
     stop_reason: StopReason | None
@@ -121,6 +143,12 @@ class PredictionResult(msgspec.Struct, frozen=True):
     """The seed used, drawn if none was given."""
     context_shift: ContextShift | None
     """What was dropped to make room, if anything."""
+    reasoning: str | None = None
+    """All reasoning; None where there was none but white space."""
+    segments: tuple[Segment, ...] = ()
+    """The stretches of reasoning, in order."""
+    content_start: int = 0
+    """Index of the token in which content begins; the number of tokens if reasoning is all."""
 
     def __str__(self) -> str:
         """Return the content."""
@@ -142,11 +170,25 @@ class TextDelta(msgspec.Struct, frozen=True, tag=True):
     """New text of a prediction."""
 
     text: str
-    """Whole characters."""
+    """Whole characters; none where only tokens are told, at the end of a segment or of all."""
     tokens: list[int]
     """The tokens generated since the last delta."""
-    segment: str | None = None
+    segment: SegmentKind | None = None
     """Kind of the segment it belongs to; None is plain content."""
+
+
+class SegmentStart(msgspec.Struct, frozen=True, tag=True):
+    """What comes now is no content, until `SegmentEnd`."""
+
+    kind: SegmentKind
+    """What it is."""
+
+
+class SegmentEnd(msgspec.Struct, frozen=True, tag=True):
+    """A segment has ended, closed or with the generation: every start has its end."""
+
+    kind: SegmentKind
+    """What it was."""
 
 
 class ContextShifted(msgspec.Struct, frozen=True, tag=True):
@@ -163,7 +205,9 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     """The whole result."""
 
 
-Event: TypeAlias = PromptProgress | TextDelta | ContextShifted | Finished
+Event: TypeAlias = (
+    PromptProgress | TextDelta | SegmentStart | SegmentEnd | ContextShifted | Finished
+)
 
 
 class _State:
@@ -279,7 +323,7 @@ class Prediction:
 
     @property
     def text(self) -> str:
-        """All text so far. From any thread."""
+        """All content so far. From any thread."""
         return self._native.text()
 
     @property
@@ -316,6 +360,8 @@ class Prediction:
 
     def __aiter__(self) -> PredictionIterator[str]:
         """Iterate over the text from its first piece; the pieces join to the result's content.
+
+        Reasoning is not among them: `events` has it.
 
         Cancelling an `anext` loses nothing while the iterator lives; dropping the iterator ends its
         interest.
@@ -511,10 +557,11 @@ def start_prediction(
     owner: object,
     prompt: str | Sequence[int],
     keywords: Mapping[str, Any],
+    reasoning: ReasoningMarks | None = None,
 ) -> Prediction:
     """Check the arguments, start a native prediction on the running loop and return its handle."""
     loop = running_loop("a prediction")
-    options = native_options(generation_options(keywords), model)
+    options = native_options(generation_options(keywords), model, reasoning)
     checked = native_prompt(prompt, model)
     hub = hub_for(loop)
     return Prediction(_State(start(hub.native, checked, options), hub, loop, owner))
@@ -614,6 +661,9 @@ def _result(outcome: dict[str, Any], error: BaseException | None) -> PredictionR
         stats=_stats(outcome["stats"]),
         seed=outcome["seed"],
         context_shift=None if shift is None else msgspec.convert(shift, ContextShift),
+        reasoning=outcome["reasoning"],
+        segments=tuple(Segment("reasoning", *segment) for segment in outcome["segments"]),
+        content_start=outcome["content_start"],
     )
 
 
@@ -629,6 +679,12 @@ def _event(native: tuple[Any, ...] | None) -> Event | None:
             return None
         case ("text", text, tokens):
             return TextDelta(text, tokens)
+        case ("reasoning", text, tokens):
+            return TextDelta(text, tokens, "reasoning")
+        case ("segment_start",):
+            return SegmentStart("reasoning")
+        case ("segment_end",):
+            return SegmentEnd("reasoning")
         case ("prompt", processed, cached, total):
             return PromptProgress(processed, cached, total)
         case ("shift", dropped):

@@ -10,14 +10,14 @@ use std::time::Instant;
 
 pub use hub::{Hub, Target};
 use log::Log;
-pub use log::{Event, ReaderId};
+pub use log::{Event, ReaderId, Segment};
 pub use stats::{Counts, Stats};
 
 use crate::context::job::{End, Flow};
 use crate::context::parking::Source;
 use crate::error::{Error, closed};
 use crate::llama::Token;
-use crate::sequence::{Drawn, Logprob, Nudge, Outcome, Resume, Sink, StopReason};
+use crate::sequence::{Drawn, Logprob, Mark, Nudge, Outcome, Resume, Sink, StopReason};
 
 const RUNNING: u8 = 0;
 const CANCELLED: u8 = 1;
@@ -38,8 +38,14 @@ pub struct Prediction {
 
 /// Everything about a finished prediction.
 pub struct Finished {
-    /// All text.
+    /// All content.
     pub text: String,
+    /// All reasoning.
+    pub reasoning: String,
+    /// Each stretch of reasoning.
+    pub segments: Vec<Segment>,
+    /// The token in which content begins, or the number of tokens.
+    pub content_start: usize,
     /// All drawn tokens.
     pub tokens: Vec<Token>,
     /// Their log-probabilities, if asked for.
@@ -103,7 +109,7 @@ impl Prediction {
         self.log().outcome.is_some()
     }
 
-    /// All text so far.
+    /// All content so far.
     #[must_use]
     pub fn text(&self) -> String {
         self.log().text.clone()
@@ -161,7 +167,7 @@ impl Prediction {
         }
     }
 
-    /// All text since the reader's last read.
+    /// All content since the reader's last read.
     pub fn read(&self, reader: ReaderId) -> Option<String> {
         let mut log = self.log();
         let text = log.read(reader);
@@ -263,9 +269,9 @@ impl Flow for Prediction {
 }
 
 impl Sink for Prediction {
-    fn publish(&self, drawn: Option<Drawn>, text: &str) -> bool {
+    fn publish(&self, drawn: Option<Drawn>, text: &str, marks: &[(usize, Mark)]) -> bool {
         let mut log = self.log();
-        log.append(drawn, text);
+        log.append_marked(drawn, text, marks);
         let lags = log.lags();
         if lags {
             // Under the lock: a reader that catches up now must see it.

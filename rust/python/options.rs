@@ -14,7 +14,7 @@ use crate::context::parking::Budget;
 use crate::llama::{self, ContextParams, FlashAttention, KvType, LoadParams, OverrideValue, SplitMode, Token};
 use crate::sequence::sampler::{Dry, DynamicTemperature, Mirostat, RepeatPenalty, SamplerKind, SamplerSpec, Xtc};
 use crate::sequence::text::{Batching, TextOptions};
-use crate::sequence::{Prompt, Request, Turn};
+use crate::sequence::{Prompt, Reasoning, Request, Turn};
 
 /// A string or a list of tokens.
 #[derive(FromPyObject)]
@@ -33,6 +33,8 @@ impl TextOrTokens {
 }
 
 type DryItems = (f32, f32, i32, Option<usize>, Vec<String>);
+/// Start tag, end tag, whether the prompt opened it, closing text.
+type ReasoningItems = (String, String, bool, String);
 type PenaltyItems = (f32, usize, f32, f32, bool, Option<Py<PyAny>>);
 
 /// The options of `predict`.
@@ -61,6 +63,8 @@ pub struct PredictOptions {
     ignore_eos: bool,
     response_prefix: Option<String>,
     trim_trailing_whitespace: bool,
+    reasoning: Option<ReasoningItems>,
+    reasoning_budget: Option<usize>,
     priority: i32,
     deadline: Option<f64>,
     overflow: Option<String>,
@@ -139,10 +143,14 @@ impl PredictOptions {
             logprobs: self.logprobs,
             processor: self.logits_processor.map(|callable| Box::new(PythonProcessor::new(py, callable)) as _),
         };
+        let budget = self.reasoning_budget;
+        let reasoning =
+            self.reasoning.map(|(start, end, opened, closing)| Reasoning { start, end, opened, closing, budget });
         let request = Request {
             prompt: prompt.into_prompt(self.special),
             sampler,
             text,
+            reasoning,
             max_tokens: self.max_tokens,
             response_prefix: self.response_prefix,
             deterministic: self.deterministic,

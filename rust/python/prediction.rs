@@ -10,7 +10,7 @@ use super::error::to_python;
 use super::process::Native;
 use crate::context::job::Flow;
 use crate::context::parking::Source;
-use crate::prediction::{self, Event, Finished, Stats};
+use crate::prediction::{self, Event, Finished, Segment, Stats};
 use crate::sequence::{Outcome, Sink, StopReason};
 
 /// A running or finished prediction.
@@ -161,6 +161,9 @@ impl Prediction {
         let terms = self.terms.get().copied().unwrap_or_default();
         let dict = PyDict::new(py);
         dict.set_item("content", &finished.text)?;
+        dict.set_item("reasoning", Some(&finished.reasoning).filter(|text| !text.is_empty()))?;
+        dict.set_item("segments", segments(py, finished)?)?;
+        dict.set_item("content_start", finished.content_start)?;
         dict.set_item("tokens", &finished.tokens)?;
         dict.set_item("logprobs", terms.logprobs.then(|| logprobs(py, finished)).transpose()?)?;
         dict.set_item("stop_reason", outcome.stop_reason.name())?;
@@ -177,6 +180,9 @@ fn tuple(py: Python<'_>, event: Event) -> PyResult<Bound<'_, PyTuple>> {
     match event {
         Event::Prompt { processed, cached, total } => ("prompt", processed, cached, total).into_pyobject(py),
         Event::Text(text, tokens) => ("text", text, tokens).into_pyobject(py),
+        Event::Reasoning(text, tokens) => ("reasoning", text, tokens).into_pyobject(py),
+        Event::SegmentStart => ("segment_start",).into_pyobject(py),
+        Event::SegmentEnd => ("segment_end",).into_pyobject(py),
         Event::Shift(dropped) => ("shift", dropped).into_pyobject(py),
     }
 }
@@ -188,6 +194,15 @@ fn shift<'py>(py: Python<'py>, policy: &str, finished: &Finished) -> PyResult<Op
     dict.set_item("kept", kept)?;
     dict.set_item("dropped", dropped)?;
     Ok(Some(dict))
+}
+
+fn segments<'py>(py: Python<'py>, finished: &Finished) -> PyResult<Bound<'py, PyList>> {
+    let list = PyList::empty(py);
+    for segment in &finished.segments {
+        let Segment { text, first, tokens, duration, closed, forced } = segment;
+        list.append((text, *first, PyTuple::new(py, tokens)?, *duration, *closed, *forced))?;
+    }
+    Ok(list)
 }
 
 fn logprobs<'py>(py: Python<'py>, finished: &Finished) -> PyResult<Bound<'py, PyList>> {

@@ -7,11 +7,12 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
-use super::generation::Generation;
+use super::generation::{Generation, Text};
 use super::lease::{Lease, Owner, Sequences, Ticket};
 use super::sampler::{Sampler, Vocabulary};
 use super::state::{self, Fingerprint};
 use super::text::TextStream;
+use super::text::segments::{Parts, Segments};
 use super::{Done, Outcome, Prompt, Request, Sink, StopReason};
 use crate::context::alarms::Late;
 use crate::context::job::{
@@ -304,9 +305,13 @@ impl Actor {
         let model = self.shared.model()?;
         let needs_clock = request.text.batching.is_some();
         let ignore_eos = request.sampler.ignore_eos;
+        let text = match request.reasoning {
+            None => Text::Plain(TextStream::new(request.text)),
+            Some(reasoning) => Text::Segmented(Box::new(Segments::new(reasoning.resolve(&model)?, request.text))),
+        };
         let mut generation = Box::new(Generation {
             sampler: self.sampler(request.sampler)?,
-            text: TextStream::new(request.text),
+            text,
             sink: Arc::clone(sink),
             model: Arc::clone(model.llama()),
             ignore_eos,
@@ -315,14 +320,12 @@ impl Actor {
             n_drawn: 0,
             needs_clock,
             piece: Vec::new(),
-            shown: String::new(),
+            shown: Parts::default(),
             ended: None,
             error: None,
         });
         generation.sampler.prime(&tokens)?;
-        if let Some(prefix) = &request.response_prefix {
-            generation.begin_with(prefix);
-        }
+        generation.begin_with(request.response_prefix.as_deref().unwrap_or_default());
         Ok((generation, tokens))
     }
 

@@ -5,6 +5,7 @@ mod generation;
 mod lease;
 pub mod logits;
 pub mod note;
+mod reasoning;
 pub mod sampler;
 mod state;
 pub mod text;
@@ -14,7 +15,9 @@ use std::sync::Arc;
 pub use actor::Queued;
 pub use generation::{Drawn, Logprob, StopReason};
 pub use lease::{Lease, Sequences};
+pub use reasoning::Reasoning;
 pub use state::Fingerprint;
+pub use text::segments::Mark;
 
 use crate::context::job::{Chat, Dropped, End, Flow, Overflow};
 use crate::error::{Error, Result};
@@ -49,6 +52,8 @@ pub struct Request {
     pub sampler: SamplerSpec,
     /// How text is cut and stopped.
     pub text: TextOptions,
+    /// How reasoning is told from content; `None` takes all for content.
+    pub reasoning: Option<Reasoning>,
     /// Tokens at most; `None` has no limit.
     pub max_tokens: Option<usize>,
     /// Text that the answer begins with.
@@ -89,9 +94,9 @@ pub struct Outcome {
 
 /// Where a generation's output goes.
 pub trait Sink: Flow {
-    /// Takes a drawn token and the text that can be shown now. Returns whether readers lag, so that the generation
-    /// should pause.
-    fn publish(&self, drawn: Option<Drawn>, text: &str) -> bool;
+    /// Takes a drawn token, the text that can be shown now and the marks in it. Returns whether readers lag, so that
+    /// the generation should pause.
+    fn publish(&self, drawn: Option<Drawn>, text: &str, marks: &[(usize, Mark)]) -> bool;
     /// The prediction is over.
     fn finish(&self, outcome: Outcome);
     /// The sequence was given up while paused. To be called once: with nothing to get a sequence again and go on, or
