@@ -215,10 +215,10 @@ class _State:
 
     __slots__ = (
         "error",
+        "failure",
         "hub",
         "ident",
         "loop",
-        "failure",
         "native",
         "on_settled",
         "owner",
@@ -406,7 +406,7 @@ class Prediction:
         done = state.native.done
         if done:
             _report_unretrieved(state)
-        # A chat wants to hear of the end. A closed loop hears nothing, and its hub must not keep it.
+        # A chat wants to hear of the end. A closed loop hears nothing: its hub must not keep it.
         if state.on_settled is None or state.loop.is_closed():
             state.hub.forget(state.ident)
         if done:

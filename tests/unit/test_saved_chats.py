@@ -286,19 +286,18 @@ async def test_cancelling_a_restore_leaves_no_session_and_no_sequence_behind(
 ) -> None:
     session = await told(tinychat)
     await session.save(tmp_path / "chat")
-    for turns in range(8):
-        task = asyncio.ensure_future(ChatSession.restore(tmp_path / "chat", tinychat))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.wait([task])
-        if not task.cancelled():
-            await task.result().aclose()
-    held = [tinychat._default_context().try_acquire() for _ in range(4)]
-    assert all(held)
-    for sequence in held:
-        assert sequence is not None
-        sequence.close()
+    async with tinychat.create_context(context_size=512, sequences=2, threads=1) as context:
+        for turns in range(8):
+            task = asyncio.create_task(ChatSession.restore(tmp_path / "chat", context))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            if not task.cancelled():
+                await task.result().aclose()
+        held = [await context.sequence(timeout=PATIENCE) for _ in range(2)]
+        for sequence in held:
+            await sequence.aclose()
     await session.aclose()
 
 
