@@ -10,6 +10,20 @@ from __future__ import annotations
 import atexit
 
 from llamactor import _core
+from llamactor import context_shift as context_shift
+from llamactor.chat import (
+    AssistantMessage,
+    ChatSession,
+    ChatUsage,
+    Message,
+    SystemMessage,
+    ToolCall,
+    ToolMessage,
+    UserMessage,
+    dump_history,
+    load_history,
+    to_messages,
+)
 from llamactor.context import Context, ContextStats
 from llamactor.errors import (
     BusyError,
@@ -51,6 +65,9 @@ from llamactor.prediction import (
     PredictionResult,
     PredictionStats,
     PromptProgress,
+    Segment,
+    SegmentEnd,
+    SegmentStart,
     StopReason,
     TextDelta,
     TokenLogprob,
@@ -59,8 +76,11 @@ from llamactor.sequence import ContextSequence, Sequence, SequenceUsage
 from llamactor.system import Device, LogLevel, devices, set_log_level, system_info
 
 __all__ = (
+    "AssistantMessage",
     "BusyError",
+    "ChatSession",
     "ChatTemplateError",
+    "ChatUsage",
     "ClosedError",
     "Context",
     "ContextOptions",
@@ -84,6 +104,7 @@ __all__ = (
     "LoadProgress",
     "Loading",
     "LogLevel",
+    "Message",
     "Mirostat",
     "Model",
     "ModelInfo",
@@ -96,21 +117,31 @@ __all__ = (
     "PromptProgress",
     "QueueFullError",
     "RepeatPenalty",
+    "Segment",
+    "SegmentEnd",
+    "SegmentStart",
     "Sequence",
     "SequenceUsage",
     "SpecialTokens",
     "StateMismatchError",
     "StopReason",
+    "SystemMessage",
     "TextDelta",
     "TokenBatching",
     "TokenLogprob",
+    "ToolCall",
+    "ToolMessage",
     "UnsupportedError",
+    "UserMessage",
     "WorkerCrashedError",
     "Xtc",
     "devices",
+    "dump_history",
+    "load_history",
     "load_model",
     "set_log_level",
     "system_info",
+    "to_messages",
 )
 
 _SHUTDOWN_TIMEOUT = 5.0

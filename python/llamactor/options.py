@@ -21,8 +21,16 @@ if TYPE_CHECKING:
     from llamactor import _core
 
 Overflow: TypeAlias = Literal["stop_at_limit", "truncate_middle", "rolling_window"]
+ChatOverflow: TypeAlias = "Literal['erase_oldest'] | Overflow | Callable[..., Any]"
+"""In a chat also the default by its name, a strategy of `context_shift`, or an async function."""
 Stop: TypeAlias = "str | Sequence[str | Sequence[int]]"
 LogitBias: TypeAlias = "Mapping[int | str, float | Literal['never']]"
+ReasoningMarks: TypeAlias = tuple[str, str, bool, str]
+"""Start tag ("" if only prompts open it), end tag, whether the prompt opened it, closing text.
+
+The closing text is written in the model's place when the budget is used up: the end tag with the
+white space that the template puts round it, such as ``"\\n</think>\\n\\n"``.
+"""
 MAX_BREAKERS = 64
 """Sequence breakers DRY takes at most."""
 MAX_BREAKER_BYTES = 40
@@ -51,6 +59,7 @@ KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_
 
 MAX_SEED = 2**32 - 2  # llama.cpp reads 2**32 - 1 as "draw one"
 MAX_INT = 2**31 - 1
+MAX_BYTES = 2**62
 MAX_SECONDS = 1e9  # some thirty years
 AUTO_CONTEXT_SIZE = 8192
 
@@ -205,7 +214,10 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     """Most tokens to generate; None ends by the other stop reasons only."""
     stop: Stop | None = None
-    """A text, or a list of texts and token lists: each ends the generation and is left out."""
+    """A text, or a list of texts and token lists: each ends the generation and is left out.
+
+    They count in content only, never in reasoning.
+    """
     temperature: float = 0.0
     """0 always takes the likeliest token."""
     deterministic: bool = False
@@ -250,12 +262,21 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Text the answer begins with, evaluated as if the model had written it."""
     trim_trailing_whitespace: bool = False
     """Leave white space at the end out of the content."""
+    reasoning_budget: int | None = None
+    """Most tokens of one stretch of reasoning, which is then closed as the template closes it.
+
+    Takes effect where the chat template marks reasoning: 0 closes it at once, None never. The
+    tokens that close it are among those generated.
+    """
     priority: int = 0
     """Higher goes first, among those who wait for a sequence and in a batch."""
     deadline: float | None = None
     """Seconds from the call after which it fails with `DeadlineExceededError`."""
-    overflow: Overflow | None = None
-    """What to do when the context is full; None stops, and refuses a prompt that does not fit."""
+    overflow: ChatOverflow | None = None
+    """What to do when the context is full.
+
+    None stops, and refuses a prompt that does not fit; chat sessions drop the oldest turns instead.
+    """
     max_pending: int | None = 1024
     """Tokens every reader may lag before the sequence pauses; None never pauses."""
     token_batching: TokenBatching | None = None
@@ -297,9 +318,10 @@ class GenerationKeywords(TypedDict, total=False):
     ignore_eos: bool
     response_prefix: str | None
     trim_trailing_whitespace: bool
+    reasoning_budget: int | None
     priority: int
     deadline: float | None
-    overflow: Overflow | None
+    overflow: ChatOverflow | None
     max_pending: int | None
     token_batching: TokenBatching | None
     special: bool
@@ -405,6 +427,10 @@ class ContextOptions(msgspec.Struct, frozen=True, kw_only=True):
     """YaRN high correction dimension."""
     yarn_orig_context: int | None = None
     """Context size the model was trained with, for YaRN."""
+    parking_bytes: int = 512 << 20
+    """Host memory for the states of chats whose cells others needed; 0 evaluates them again."""
+    parking_disk_bytes: int = 1 << 30
+    """Room in the folder for temporary files for what exceeds that; 0 writes nothing."""
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
@@ -438,6 +464,8 @@ class ContextOptions(msgspec.Struct, frozen=True, kw_only=True):
             )
         check.check_bool("kv_unified", self.kv_unified)
         check.check_bool("swa_full", self.swa_full)
+        check.check_int("parking_bytes", self.parking_bytes, 0, MAX_BYTES)
+        check.check_int("parking_disk_bytes", self.parking_disk_bytes, 0, MAX_BYTES)
         self._check_rope()
 
     def _check_rope(self) -> None:
@@ -477,6 +505,8 @@ class ContextKeywords(TypedDict, total=False):
     yarn_beta_fast: float | None
     yarn_beta_slow: float | None
     yarn_orig_context: int | None
+    parking_bytes: int
+    parking_disk_bytes: int
 
 
 class LoadKeywords(ContextKeywords, total=False):
@@ -529,12 +559,18 @@ def load_options(keywords: Mapping[str, Any]) -> tuple[LoadOptions, ContextOptio
     return LoadOptions(**load), ContextOptions(**context)
 
 
-def native_options(options: GenerationOptions, vocabulary: _core.Model) -> dict[str, object]:
-    """Return the form the native predict takes; token options are checked against `vocabulary`."""
+def native_options(
+    options: GenerationOptions, vocabulary: _core.Model, reasoning: ReasoningMarks | None = None
+) -> dict[str, object]:
+    """Return the form the native predict takes; token options are checked against `vocabulary`.
+
+    `reasoning` says how the prompt's template marks reasoning, where it does.
+    """
     penalty = options.repeat_penalty
     if penalty is not None and not isinstance(penalty, RepeatPenalty):
         penalty = RepeatPenalty(penalty)
     native: dict[str, object] = {name: getattr(options, name) for name in _PLAIN}
+    native["reasoning"] = reasoning
     native["stop"] = _native_stop(options.stop, vocabulary)
     native["top_k"] = options.top_k or 0
     for name in _TUPLES:
@@ -543,6 +579,7 @@ def native_options(options: GenerationOptions, vocabulary: _core.Model) -> dict[
     if options.dry is not None:
         native["dry"] = (*msgspec.structs.astuple(options.dry)[:4], list(options.dry.breakers))
     native["repeat_penalty"] = None if penalty is None else _native_penalty(penalty)
+    native["overflow"] = _native_overflow(options.overflow)
     native["logit_bias"] = _native_bias(options.logit_bias, vocabulary)
     native["sampler_order"] = None if options.sampler_order is None else list(options.sampler_order)
     if options.logprobs is not None:
@@ -555,6 +592,15 @@ def native_prompt(prompt: object, vocabulary: _core.Model) -> str | list[int]:
     if isinstance(prompt, str):
         return check.check_text("prompt", prompt, empty=False)
     return check.check_tokens("prompt", prompt, vocabulary.vocab_size())
+
+
+def _native_overflow(overflow: object) -> object:
+    if overflow is None or (isinstance(overflow, str) and overflow in OVERFLOWS):
+        return overflow
+    what = check.describe(overflow)
+    raise ValueError(
+        f"overflow={what} is for chats; here it is one of {', '.join(OVERFLOWS)}, or None"
+    )
 
 
 def _native_penalty(penalty: RepeatPenalty) -> tuple[object, ...]:
@@ -635,6 +681,12 @@ def _check_bias(name: str, value: object) -> None:
         if not isinstance(key, str):
             check.check_int(f"{name} key", key, 0, MAX_INT)
         _bias_value(key, bias)
+
+
+def _check_overflow(name: str, value: object) -> None:
+    if not callable(value):
+        names = (*OVERFLOWS, "erase_oldest")
+        check.check_choice(name, value, names, hint="None stops at the limit")
 
 
 def _check_penalty(name: str, value: object) -> None:
@@ -738,11 +790,10 @@ _RULES: dict[str, Callable[[str, Any], object]] = {
     "ignore_eos": check.check_bool,
     "response_prefix": check.check_text,
     "trim_trailing_whitespace": check.check_bool,
+    "reasoning_budget": _integer(0, hint="None means no limit"),
     "priority": _integer(-MAX_INT),
     "deadline": _real(0, MAX_SECONDS, above=True, hint="seconds from now; None means no limit"),
-    "overflow": lambda name, value: check.check_choice(
-        name, value, OVERFLOWS, hint="None stops at the limit"
-    ),
+    "overflow": _check_overflow,
     "max_pending": _integer(1, hint="None never pauses"),
     "token_batching": _instance(TokenBatching),
     "special": check.check_bool,
@@ -764,6 +815,7 @@ _TUPLES = ("xtc", "dry", "mirostat", "dynamic_temperature", "token_batching")
 _PLAIN = tuple(
     name
     for name in GenerationOptions.__struct_fields__
-    if name not in {*_TUPLES, "stop", "top_k", "repeat_penalty", "logit_bias", "sampler_order"}
+    if name
+    not in {*_TUPLES, "stop", "top_k", "repeat_penalty", "overflow", "logit_bias", "sampler_order"}
 )
 _default = GenerationOptions()

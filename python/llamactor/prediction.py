@@ -31,12 +31,18 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from llamactor import _core
+    from llamactor.options import ReasoningMarks
 
 T = TypeVar("T")
 
 StopReason: TypeAlias = Literal[
     "eos", "stop_string", "max_tokens", "context_full", "tool_calls", "cancelled"
 ]
+
+OnSettled: TypeAlias = "Callable[[PredictionResult, BaseException | None], object]"
+"""Takes the outcome of a prediction."""
+
+SegmentKind: TypeAlias = Literal["reasoning"]
 
 READS_PER_TURN = 64
 """Pieces one iterator takes without suspending before it lets the loop run."""
@@ -73,6 +79,8 @@ class PredictionStats(msgspec.Struct, frozen=True):
     """Proposed tokens that were taken; 0 likewise."""
     shifted_tokens: int = 0
     """Tokens dropped to make room."""
+    prefix_source: Literal["cells", "host", "disk"] | None = None
+    """Where the cached tokens were: in the context's cells, or parked in host memory or on disk."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -97,13 +105,32 @@ class ContextShift(msgspec.Struct, frozen=True):
     """Tokens at the front that stayed in place."""
 
 
+class Segment(msgspec.Struct, frozen=True):
+    """A stretch of what was generated that is no content."""
+
+    kind: SegmentKind
+    """What it is."""
+    text: str
+    """Its text, without tags and the white space at them."""
+    start: int
+    """Index of its first token in the result's `tokens`."""
+    tokens: tuple[int, ...]
+    """Its tokens, tags included."""
+    duration: float
+    """Seconds from its first token to its last."""
+    closed: bool
+    """Whether its end tag came; False where the generation ended before."""
+    forced: bool
+    """Whether it was closed because `reasoning_budget` was used up."""
+
+
 class PredictionResult(msgspec.Struct, frozen=True):
     """The outcome of a prediction; of a cancelled or failed one, as far as it came."""
 
     content: str
-    """All text, response prefix included."""
+    """All text that is no reasoning, response prefix included."""
     tokens: list[int]
-    """The generated token ids."""
+    """The generated token ids, those of reasoning and its tags included."""
     logprobs: list[TokenLogprob] | None
     """One entry per generated token if `logprobs` was asked for."""
     stop_reason: StopReason | None
@@ -116,6 +143,12 @@ class PredictionResult(msgspec.Struct, frozen=True):
     """The seed used, drawn if none was given."""
     context_shift: ContextShift | None
     """What was dropped to make room, if anything."""
+    reasoning: str | None = None
+    """All reasoning; None where there was none but white space."""
+    segments: tuple[Segment, ...] = ()
+    """The stretches of reasoning, in order."""
+    content_start: int = 0
+    """Index of the token in which content begins; the number of tokens if reasoning is all."""
 
     def __str__(self) -> str:
         """Return the content."""
@@ -137,11 +170,25 @@ class TextDelta(msgspec.Struct, frozen=True, tag=True):
     """New text of a prediction."""
 
     text: str
-    """Whole characters."""
+    """Whole characters; none where only tokens are told, at the end of a segment or of all."""
     tokens: list[int]
     """The tokens generated since the last delta."""
-    segment: str | None = None
+    segment: SegmentKind | None = None
     """Kind of the segment it belongs to; None is plain content."""
+
+
+class SegmentStart(msgspec.Struct, frozen=True, tag=True):
+    """What comes now is no content, until `SegmentEnd`."""
+
+    kind: SegmentKind
+    """What it is."""
+
+
+class SegmentEnd(msgspec.Struct, frozen=True, tag=True):
+    """A segment has ended, closed or with the generation: every start has its end."""
+
+    kind: SegmentKind
+    """What it was."""
 
 
 class ContextShifted(msgspec.Struct, frozen=True, tag=True):
@@ -158,7 +205,9 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     """The whole result."""
 
 
-Event: TypeAlias = PromptProgress | TextDelta | ContextShifted | Finished
+Event: TypeAlias = (
+    PromptProgress | TextDelta | SegmentStart | SegmentEnd | ContextShifted | Finished
+)
 
 
 class _State:
@@ -166,10 +215,12 @@ class _State:
 
     __slots__ = (
         "error",
+        "failure",
         "hub",
         "ident",
         "loop",
         "native",
+        "on_settled",
         "owner",
         "readers",
         "result",
@@ -196,10 +247,15 @@ class _State:
         self.result: PredictionResult | None = None
         self.error: BaseException | None = None
         self.retrieved = False
+        self.failure: BaseException | None = None
+        """What it failed with before it began."""
+        self.on_settled: OnSettled | None = None
         hub.listen(self.ident, self.on_news)
 
     def on_news(self) -> None:
-        """Wake the readers, and at the end everybody."""
+        """Wake the readers, and at the end everybody, after whoever keeps the outcome."""
+        if self.on_settled is not None and self.native.done:
+            self.settle()
         for reader in self.readers:
             _wake(reader)
         if self.native.done:
@@ -224,12 +280,18 @@ class _State:
         """Return the result, building it the first time."""
         if self.result is None:
             outcome: dict[str, Any] = self.native.outcome()
-            self.error = outcome.pop("error")
+            self.error = outcome.pop("error") or self.failure
             self.result = _result(outcome, self.error)
             self.owner = None
             if self.error is not None:
                 _attach_partial(self.error, self.result)
+            self._tell_settled(self.result)
         return self.result
+
+    def _tell_settled(self, result: PredictionResult) -> None:
+        on_settled, self.on_settled = self.on_settled, None
+        if on_settled is not None:
+            call_on_loop(self.loop, functools.partial(on_settled, result, self.error))
 
     def deliver(self) -> PredictionResult:
         """Return the result of a finished prediction or raise its failure."""
@@ -261,7 +323,7 @@ class Prediction:
 
     @property
     def text(self) -> str:
-        """All text so far. From any thread."""
+        """All content so far. From any thread."""
         return self._native.text()
 
     @property
@@ -298,6 +360,8 @@ class Prediction:
 
     def __aiter__(self) -> PredictionIterator[str]:
         """Iterate over the text from its first piece; the pieces join to the result's content.
+
+        Reasoning is not among them: `events` has it.
 
         Cancelling an `anext` loses nothing while the iterator lives; dropping the iterator ends its
         interest.
@@ -339,11 +403,15 @@ class Prediction:
         state = getattr(self, "_state", None)
         if state is None or finalisers_rest():
             return
-        if state.native.done:
+        done = state.native.done
+        if done:
             _report_unretrieved(state)
+        # A chat wants to hear of the end. A closed loop hears nothing: its hub must not keep it.
+        if state.on_settled is None or state.loop.is_closed():
+            state.hub.forget(state.ident)
+        if done:
             return
         forgotten = not state.native.touched()
-        state.hub.forget(state.ident)
         state.native.cancel()
         if forgotten:
             message = "a prediction was dropped unfinished, and never read, awaited or cancelled"
@@ -489,13 +557,88 @@ def start_prediction(
     owner: object,
     prompt: str | Sequence[int],
     keywords: Mapping[str, Any],
+    reasoning: ReasoningMarks | None = None,
 ) -> Prediction:
     """Check the arguments, start a native prediction on the running loop and return its handle."""
     loop = running_loop("a prediction")
-    options = native_options(generation_options(keywords), model)
+    options = native_options(generation_options(keywords), model, reasoning)
     checked = native_prompt(prompt, model)
     hub = hub_for(loop)
     return Prediction(_State(start(hub.native, checked, options), hub, loop, owner))
+
+
+class Deferred:
+    """The other end of a prediction whose prompt is not known yet; never holds the public handle.
+
+    A chat makes the prediction at the call, waits its turn and renders its prompt meanwhile.
+    """
+
+    __slots__ = ("_context", "_state")
+
+    def __init__(self, context: _core.Context, state: _State) -> None:
+        """Wrap the state of a prediction that has not begun."""
+        self._context = context
+        self._state = state
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, as it does when it is cancelled before it begins."""
+        return self._state.native.done
+
+    def start(
+        self,
+        prompt: list[int],
+        options: dict[str, object],
+        *,
+        chat: int = 0,
+        keep: int = 0,
+        dropped: tuple[list[int], list[tuple[int, int]]] | None = None,
+    ) -> bool:
+        """Begin with `prompt`; return False if it has ended already.
+
+        Args:
+            prompt: Token ids.
+            options: As `native_options` gives them.
+            chat: The chat it is a turn of.
+            keep: Tokens at the front that stay when the context is full.
+            dropped: The tokens that the chat's window had before, and the ranges of them that have
+                gone since: what follows is moved where the memory can, instead of evaluated again.
+        """
+        turn: dict[str, object] = {"chat": chat, "keep": keep, "dropped": dropped}
+        return self._context.begin(self._state.native, prompt, options, turn)
+
+    def note_shift(self, kept: int, dropped: int) -> None:
+        """Say that the prompt has lost `dropped` tokens after the first `kept`."""
+        self._state.native.shifted(kept, dropped)
+
+    def fail(self, error: BaseException) -> None:
+        """End it with `error` if it has neither begun nor ended."""
+        if not self._state.native.done:
+            self._state.failure = error
+            self._state.native.abandon()
+
+    def cancel(self) -> None:
+        """Cancel it, as its handle does."""
+        self._state.native.cancel()
+
+
+def defer_prediction(
+    context: _core.Context, owner: object, max_pending: int | None, on_settled: OnSettled
+) -> tuple[Prediction, Deferred]:
+    """Return a prediction that begins later, and what begins it.
+
+    Args:
+        context: Where it will run.
+        owner: What must live as long as it runs.
+        max_pending: Tokens that all its readers may lag before it pauses.
+        on_settled: Called once with the result and the failure, on the loop and before anybody
+            who waits for the prediction goes on.
+    """
+    loop = running_loop("a prediction")
+    hub = hub_for(loop)
+    state = _State(context.defer(hub.native, max_pending), hub, loop, owner)
+    state.on_settled = on_settled
+    return Prediction(state), Deferred(context, state)
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:
@@ -518,6 +661,9 @@ def _result(outcome: dict[str, Any], error: BaseException | None) -> PredictionR
         stats=_stats(outcome["stats"]),
         seed=outcome["seed"],
         context_shift=None if shift is None else msgspec.convert(shift, ContextShift),
+        reasoning=outcome["reasoning"],
+        segments=tuple(Segment("reasoning", *segment) for segment in outcome["segments"]),
+        content_start=outcome["content_start"],
     )
 
 
@@ -533,6 +679,12 @@ def _event(native: tuple[Any, ...] | None) -> Event | None:
             return None
         case ("text", text, tokens):
             return TextDelta(text, tokens)
+        case ("reasoning", text, tokens):
+            return TextDelta(text, tokens, "reasoning")
+        case ("segment_start",):
+            return SegmentStart("reasoning")
+        case ("segment_end",):
+            return SegmentEnd("reasoning")
         case ("prompt", processed, cached, total):
             return PromptProgress(processed, cached, total)
         case ("shift", dropped):

@@ -142,6 +142,15 @@ impl Model {
         usize::try_from(token).is_ok_and(|index| index < self.n_vocab())
     }
 
+    /// Whether the token stands for a text as a whole: one that the tokeniser cuts out before anything else, be it a
+    /// control token or one that the file's maker added. False outside the vocabulary.
+    #[must_use]
+    pub fn is_whole(&self, token: Token) -> bool {
+        let wanted = sys::LLAMA_TOKEN_ATTR_CONTROL | sys::LLAMA_TOKEN_ATTR_USER_DEFINED;
+        // SAFETY: the vocabulary is alive and the token inside it.
+        self.contains(token) && unsafe { sys::llama_vocab_get_attr(self.vocab_ptr(), token) } & wanted != 0
+    }
+
     /// The tokens that the file says must never be drawn.
     #[must_use]
     pub fn suppressed_tokens(&self) -> Vec<Token> {

@@ -1,12 +1,14 @@
 //! Everything a prediction has produced, and how far each reader has come. Pure: `mod.rs` locks and wakes.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::Finished;
 use super::stats::{Clock, Counts, Stats};
+use crate::context::parking::Source;
 use crate::llama::Token;
-use crate::sequence::{Drawn, Logprob, Outcome};
+use crate::sequence::{Drawn, Logprob, Mark, Outcome};
 
 /// Names a reader of one prediction.
 pub type ReaderId = usize;
@@ -23,22 +25,62 @@ pub enum Event {
         /// Tokens of the prompt.
         total: usize,
     },
-    /// Text and the tokens that came with it.
+    /// Content and the tokens that came with it.
     Text(String, Vec<Token>),
+    /// Reasoning and the tokens that came with it.
+    Reasoning(String, Vec<Token>),
+    /// Reasoning begins.
+    SegmentStart,
+    /// Reasoning has ended.
+    SegmentEnd,
     /// Tokens were dropped because the context was full.
     Shift(usize),
 }
 
-/// An event that is no text, and where in the text it stands.
+/// A stretch of reasoning.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Segment {
+    /// Its text.
+    pub text: String,
+    /// Its first token, which is its start tag's if that was drawn.
+    pub first: usize,
+    /// Its tokens, tags included.
+    pub tokens: Vec<Token>,
+    /// Seconds from its first token to its last.
+    pub duration: f64,
+    /// Whether its end tag has come.
+    pub closed: bool,
+    /// Whether that was because the budget was used up.
+    pub forced: bool,
+}
+
+/// The same as it is kept.
+struct Stretch {
+    /// Bytes of reasoning.
+    text: Range<usize>,
+    tokens: Range<usize>,
+    began: Instant,
+    ended: Option<Instant>,
+    closed: bool,
+    forced: bool,
+}
+
+/// An event that is no text, and where it stands: in the reasoning inside a segment, else in the content.
 struct Note {
     at: usize,
+    /// Tokens that belong before it.
+    n_tokens: usize,
     event: Event,
 }
 
 struct Reader {
     events: bool,
-    /// Bytes of text delivered.
+    /// Bytes of content delivered.
     text: usize,
+    /// Bytes of reasoning delivered.
+    reasoning: usize,
+    /// Whether what comes next is reasoning.
+    inside: bool,
     /// Tokens delivered.
     tokens: usize,
     /// Notes delivered.
@@ -47,7 +89,11 @@ struct Reader {
 }
 
 pub struct Log {
+    /// Content.
     pub text: String,
+    reasoning: String,
+    stretches: Vec<Stretch>,
+    content_start: Option<usize>,
     tokens: Vec<Token>,
     logprobs: Vec<Logprob>,
     notes: Vec<Note>,
@@ -67,6 +113,9 @@ impl Log {
     pub fn new(max_pending: Option<usize>) -> Self {
         Self {
             text: String::new(),
+            reasoning: String::new(),
+            stretches: Vec::new(),
+            content_start: None,
             tokens: Vec::new(),
             logprobs: Vec::new(),
             notes: Vec::new(),
@@ -85,11 +134,12 @@ impl Log {
 
     // ---- what comes in --------------------------------------------------------------------------------------------
 
-    pub fn admitted(&mut self, cached: usize, total: usize) {
+    pub fn admitted(&mut self, cached: usize, total: usize, source: Source) {
         if self.clock.admitted.is_none() {
             self.clock.admitted = Some(Instant::now());
             self.counts.prompt = total;
             self.counts.cached = cached;
+            self.counts.source = (cached > 0).then_some(source);
         }
         self.progressed(cached, cached, total);
     }
@@ -115,11 +165,61 @@ impl Log {
     }
 
     fn note(&mut self, event: Event) {
-        self.notes.push(Note { at: self.text.len(), event });
+        self.note_after(self.tokens.len(), event);
     }
 
-    pub fn append(&mut self, drawn: Option<Drawn>, text: &str) {
-        self.text.push_str(text);
+    fn note_after(&mut self, n_tokens: usize, event: Event) {
+        let at = if self.is_inside() { self.reasoning.len() } else { self.text.len() };
+        self.notes.push(Note { at, n_tokens, event });
+    }
+
+    fn is_inside(&self) -> bool {
+        self.stretches.last().is_some_and(|stretch| stretch.ended.is_none())
+    }
+
+    pub fn append_marked(&mut self, drawn: Option<Drawn>, text: &str, marks: &[(usize, Mark)]) {
+        self.append_token(drawn);
+        let mut start = 0;
+        for &(end, mark) in marks {
+            self.append_text(&text[start..end]);
+            self.apply(mark);
+            start = end;
+        }
+        self.append_text(&text[start..]);
+    }
+
+    fn apply(&mut self, mark: Mark) {
+        match mark {
+            Mark::Content { token } => self.content_start = Some(token),
+            Mark::Open { token } => self.open(token),
+            Mark::Close { token, forced } => self.close(token, true, forced),
+        }
+    }
+
+    fn open(&mut self, token: usize) {
+        self.note_after(token, Event::SegmentStart);
+        let (text, tokens) = (self.reasoning.len()..self.reasoning.len(), token..token);
+        let began = Instant::now();
+        self.stretches.push(Stretch { text, tokens, began, ended: None, closed: false, forced: false });
+    }
+
+    fn close(&mut self, token: usize, closed: bool, forced: bool) {
+        self.note_after(token, Event::SegmentEnd);
+        let Some(stretch) = self.stretches.last_mut() else { return };
+        stretch.text.end = self.reasoning.len();
+        stretch.tokens.end = token;
+        stretch.ended = Some(Instant::now());
+        (stretch.closed, stretch.forced) = (closed, forced);
+    }
+
+    fn append_text(&mut self, text: &str) {
+        match self.is_inside() {
+            true => self.reasoning.push_str(text),
+            false => self.text.push_str(text),
+        }
+    }
+
+    fn append_token(&mut self, drawn: Option<Drawn>) {
         let Some(drawn) = drawn else { return };
         if self.clock.first_token.is_none() {
             self.clock.first_token = Some(Instant::now());
@@ -130,6 +230,9 @@ impl Log {
     }
 
     pub fn finish(&mut self, outcome: Outcome) {
+        if self.is_inside() {
+            self.close(self.tokens.len(), false, false);
+        }
         self.clock.ended = Some(Instant::now());
         self.outcome = Some(Arc::new(outcome));
     }
@@ -137,6 +240,9 @@ impl Log {
     pub fn finished(&self) -> Finished {
         Finished {
             text: self.text.clone(),
+            reasoning: self.reasoning.clone(),
+            segments: self.stretches.iter().map(|stretch| self.segment(stretch)).collect(),
+            content_start: self.content_start.unwrap_or(if self.stretches.is_empty() { 0 } else { self.tokens.len() }),
             tokens: self.tokens.clone(),
             logprobs: self.logprobs.clone(),
             stats: Stats::at(Instant::now(), &self.clock, self.counts),
@@ -144,10 +250,22 @@ impl Log {
         }
     }
 
+    fn segment(&self, stretch: &Stretch) -> Segment {
+        let ended = stretch.ended.unwrap_or_else(Instant::now);
+        Segment {
+            text: self.reasoning[stretch.text.clone()].to_owned(),
+            first: stretch.tokens.start,
+            tokens: self.tokens[stretch.tokens.clone()].to_vec(),
+            duration: ended.saturating_duration_since(stretch.began).as_secs_f64(),
+            closed: stretch.closed,
+            forced: stretch.forced,
+        }
+    }
+
     // ---- who reads ------------------------------------------------------------------------------------------------
 
     pub fn open_reader(&mut self, events: bool) -> ReaderId {
-        let reader = Reader { events, text: 0, tokens: 0, notes: 0, waiting: false };
+        let reader = Reader { events, text: 0, reasoning: 0, inside: false, tokens: 0, notes: 0, waiting: false };
         self.n_readers += 1;
         match self.readers.iter().position(Option::is_none) {
             Some(free) => {
@@ -194,7 +312,8 @@ impl Log {
     }
 
     fn has_news(&self, reader: &Reader) -> bool {
-        reader.text < self.text.len() || (reader.events && reader.notes < self.notes.len())
+        let more = reader.reasoning < self.reasoning.len() || reader.notes < self.notes.len();
+        reader.text < self.text.len() || (reader.events && more)
     }
 
     // ---- what goes out --------------------------------------------------------------------------------------------
@@ -212,28 +331,33 @@ impl Log {
     }
 
     pub fn read_event(&mut self, reader: ReaderId) -> Option<Event> {
-        let note = self.readers.get(reader)?.as_ref().map(|reader| reader.notes)?;
-        let next = self.notes.get(note);
-        let end = next.map_or(self.text.len(), |note| note.at);
-        let n_tokens = self.tokens.len();
-        let reader = self.readers[reader].as_mut()?;
-        if reader.text < end {
-            let start = std::mem::replace(&mut reader.text, end);
-            let first = std::mem::replace(&mut reader.tokens, n_tokens);
-            reader.waiting = false;
-            return Some(Event::Text(self.text[start..end].to_owned(), self.tokens[first..].to_vec()));
+        let place = self.readers.get_mut(reader)?.as_mut()?;
+        let next = self.notes.get(place.notes);
+        let (delivered, text) = match place.inside {
+            true => (&mut place.reasoning, &self.reasoning),
+            false => (&mut place.text, &self.text),
+        };
+        let end = next.map_or(text.len(), |note| note.at);
+        let border = next.filter(|note| matches!(note.event, Event::SegmentStart | Event::SegmentEnd));
+        let n_tokens = next.map_or(self.tokens.len(), |note| note.n_tokens).max(place.tokens);
+        // Tokens that brought no text are told at a border and at the end: tags, a stop's, control tokens.
+        let silent = (border.is_some() || (next.is_none() && self.outcome.is_some())) && place.tokens < n_tokens;
+        if *delivered < end || silent {
+            let start = std::mem::replace(delivered, end.max(*delivered));
+            let first = std::mem::replace(&mut place.tokens, n_tokens);
+            place.waiting = false;
+            let (text, tokens) = (text[start..end.max(start)].to_owned(), self.tokens[first..n_tokens].to_vec());
+            return Some(if place.inside { Event::Reasoning(text, tokens) } else { Event::Text(text, tokens) });
         }
-        if let Some(note) = next {
-            let event = note.event.clone();
-            reader.notes += 1;
-            reader.waiting = false;
-            return Some(event);
+        let event = next?.event.clone();
+        place.notes += 1;
+        place.waiting = false;
+        match event {
+            Event::SegmentStart => place.inside = true,
+            Event::SegmentEnd => place.inside = false,
+            _ => {}
         }
-        // At the end, tokens that brought no text: a stop's, or control tokens.
-        let silent = self.outcome.is_some() && reader.tokens < n_tokens;
-        silent.then(|| {
-            Event::Text(String::new(), self.tokens[std::mem::replace(&mut reader.tokens, n_tokens)..].to_vec())
-        })
+        Some(event)
     }
 
     /// Whether there is something to read already.
@@ -260,6 +384,13 @@ mod tests {
 
     fn drawn(token: Token) -> Option<Drawn> {
         Some(Drawn { token, logprob: None })
+    }
+
+    impl Log {
+        /// As all is where nobody reasons.
+        fn append(&mut self, drawn: Option<Drawn>, text: &str) {
+            self.append_marked(drawn, text, &[]);
+        }
     }
 
     fn outcome() -> Outcome {
@@ -322,7 +453,7 @@ mod tests {
     #[test]
     fn events_stand_where_they_happened() {
         let mut log = Log::new(None);
-        log.admitted(1, 9);
+        log.admitted(1, 9, Source::Cells);
         let reader = log.open_reader(true);
         assert_eq!(log.read_event(reader), Some(prompt(1)));
         log.progressed(9, 1, 9);
@@ -338,7 +469,7 @@ mod tests {
     fn of_progress_that_nobody_saw_only_the_newest_is_told() {
         let mut log = Log::new(None);
         let reader = log.open_reader(true);
-        log.admitted(1, 9);
+        log.admitted(1, 9, Source::Cells);
         log.progressed(4, 1, 9);
         assert_eq!(all_events(&mut log, reader), [prompt(4)]);
         log.progressed(6, 1, 9);
@@ -349,9 +480,9 @@ mod tests {
     #[test]
     fn a_prompt_that_is_evaluated_again_is_no_news() {
         let mut log = Log::new(None);
-        log.admitted(1, 9);
+        log.admitted(1, 9, Source::Cells);
         log.append(drawn(1), "a");
-        log.admitted(8, 10);
+        log.admitted(8, 10, Source::Cells);
         log.progressed(10, 8, 10);
         let reader = log.open_reader(true);
         assert_eq!(all_events(&mut log, reader), [prompt(1), text("a", &[1])]);
@@ -381,6 +512,37 @@ mod tests {
         assert!(!log.take_news());
         assert!(log.set_waiting(events, true), "it can go on at once");
         assert!(log.take_news());
+    }
+
+    #[test]
+    fn reasoning_comes_as_events_in_its_place_and_never_as_text() {
+        let mut log = Log::new(None);
+        let (words, events) = (log.open_reader(false), log.open_reader(true));
+        log.append_marked(drawn(1), "", &[(0, Mark::Open { token: 0 })]);
+        log.append(drawn(2), "hm");
+        assert_eq!((log.read(words), log.set_waiting(words, true)), (None, false), "it has nothing to read");
+        log.append_marked(drawn(3), "", &[(0, Mark::Close { token: 3, forced: false })]);
+        log.append_marked(drawn(4), "yes", &[(0, Mark::Content { token: 3 })]);
+        let reasoning = Event::Reasoning("hm".into(), vec![1, 2, 3]);
+        let told = [Event::SegmentStart, reasoning, Event::SegmentEnd, text("yes", &[4])];
+        assert_eq!(all_events(&mut log, events), told);
+        assert_eq!(log.read(words).as_deref(), Some("yes"));
+        log.finish(outcome());
+        let finished = log.finished();
+        assert_eq!((finished.reasoning.as_str(), finished.text.as_str(), finished.content_start), ("hm", "yes", 3));
+    }
+
+    #[test]
+    fn what_is_open_at_the_end_ends_there_unclosed() {
+        let mut log = Log::new(None);
+        let reader = log.open_reader(true);
+        log.append_marked(None, "", &[(0, Mark::Open { token: 0 })]);
+        log.append(drawn(1), "hm");
+        log.finish(outcome());
+        let told = [Event::SegmentStart, Event::Reasoning("hm".into(), vec![1]), Event::SegmentEnd];
+        assert_eq!(all_events(&mut log, reader), told);
+        let finished = log.finished();
+        assert_eq!((finished.segments[0].closed, finished.content_start), (false, 1));
     }
 
     // ---- what is told of it ---------------------------------------------------------------------------------------
@@ -532,6 +694,8 @@ mod tests {
     #[derive(Clone, Debug)]
     enum Op {
         Append(bool, &'static str),
+        /// The same with a border after the first character: into reasoning or out of it.
+        Cross(bool, &'static str),
         Progress,
         Shift(usize),
         Open(bool),
@@ -543,7 +707,8 @@ mod tests {
     fn op() -> impl Strategy<Value = Op> {
         let piece = prop::sample::select(vec!["", "a", "bc", "ü", "日本", "🙂"]);
         prop_oneof![
-            8 => (prop::bool::weighted(0.8), piece).prop_map(|(token, piece)| Op::Append(token, piece)),
+            8 => (prop::bool::weighted(0.8), piece.clone()).prop_map(|(token, piece)| Op::Append(token, piece)),
+            2 => (prop::bool::weighted(0.8), piece).prop_map(|(token, piece)| Op::Cross(token, piece)),
             2 => Just(Op::Progress),
             2 => (1..9usize).prop_map(Op::Shift),
             2 => any::<bool>().prop_map(Op::Open),
@@ -559,23 +724,40 @@ mod tests {
         events: bool,
         text: String,
         tokens: Vec<Token>,
-        /// Shifts, and where in the text they came.
+        reasoning: String,
+        /// What came as reasoning.
+        reasoned: Vec<Token>,
+        /// Where in content and reasoning the borders came.
+        borders: Vec<(usize, usize)>,
+        /// Shifts, and where in all text they came.
         shifts: Vec<(usize, usize)>,
-        /// How far the prompt was, and where in the text that came.
+        /// How far the prompt was, and where in all text that came.
         progress: Vec<(usize, usize)>,
         waiting: bool,
     }
 
     impl Got {
         fn take(&mut self, event: Event) {
+            let place = self.text.len() + self.reasoning.len();
+            let inside = self.borders.len() % 2 == 1;
             match event {
                 Event::Text(text, tokens) => {
-                    assert!(!text.is_empty() || !tokens.is_empty(), "an event of nothing");
+                    assert!(!inside && (!text.is_empty() || !tokens.is_empty()), "an event of nothing");
                     self.text.push_str(&text);
                     self.tokens.extend(tokens);
                 }
-                Event::Shift(dropped) => self.shifts.push((self.text.len(), dropped)),
-                Event::Prompt { processed, .. } => self.progress.push((self.text.len(), processed)),
+                Event::Reasoning(text, tokens) => {
+                    assert!(inside && (!text.is_empty() || !tokens.is_empty()), "an event of nothing");
+                    self.reasoning.push_str(&text);
+                    self.reasoned.extend(&tokens);
+                    self.tokens.extend(tokens);
+                }
+                Event::SegmentStart | Event::SegmentEnd => {
+                    assert_eq!(inside, event == Event::SegmentEnd);
+                    self.borders.push((self.text.len(), self.reasoning.len()));
+                }
+                Event::Shift(dropped) => self.shifts.push((place, dropped)),
+                Event::Prompt { processed, .. } => self.progress.push((place, processed)),
             }
         }
     }
@@ -584,6 +766,9 @@ mod tests {
     struct Run {
         log: Log,
         text: String,
+        reasoning: String,
+        reasoned: Vec<Token>,
+        borders: Vec<(usize, usize)>,
         tokens: Vec<Token>,
         shifts: Vec<(usize, usize)>,
         progress: Vec<(usize, usize)>,
@@ -594,15 +779,30 @@ mod tests {
         fn new() -> Self {
             let log = Log::new(Some(MAX_PENDING));
             let (text, tokens) = Default::default();
-            Self { log, text, tokens, shifts: Vec::new(), progress: Vec::new(), readers: Vec::new() }
+            let (reasoning, reasoned, borders) = Default::default();
+            let (shifts, progress, readers) = Default::default();
+            Self { log, text, reasoning, reasoned, borders, tokens, shifts, progress, readers }
+        }
+
+        fn is_inside(&self) -> bool {
+            self.borders.len() % 2 == 1
+        }
+
+        /// Characters of all text.
+        fn place(&self) -> usize {
+            self.text.len() + self.reasoning.len()
         }
 
         fn apply(&mut self, op: &Op) {
             match *op {
-                Op::Append(token, piece) => self.append(token, piece),
+                Op::Append(token, piece) => self.append(token, piece, None),
+                Op::Cross(token, piece) => {
+                    let first = piece.chars().next().map_or(0, char::len_utf8);
+                    self.append(token, piece, Some(first));
+                }
                 Op::Progress => self.advance(),
                 Op::Shift(dropped) => {
-                    self.shifts.push((self.text.len(), dropped));
+                    self.shifts.push((self.place(), dropped));
                     self.log.shifted(0, dropped);
                 }
                 Op::Open(events) => self.open(events),
@@ -613,17 +813,34 @@ mod tests {
             self.check_wake_ups();
         }
 
-        fn append(&mut self, with_token: bool, piece: &str) {
+        /// A token that opens or closes a segment belongs to it.
+        fn append(&mut self, with_token: bool, piece: &str, border: Option<usize>) {
             let token = self.tokens.len() as Token;
-            self.text.push_str(piece);
             self.tokens.extend(with_token.then_some(token));
-            self.log.append(with_token.then_some(Drawn { token, logprob: None }), piece);
+            let reasons = self.is_inside() || border.is_some();
+            self.reasoned.extend((with_token && reasons).then_some(token));
+            let mark = match self.is_inside() {
+                true => Mark::Close { token: self.tokens.len(), forced: false },
+                false => Mark::Open { token: token as usize },
+            };
+            let (before, after) = piece.split_at(border.unwrap_or(piece.len()));
+            self.append_text(before);
+            if border.is_some() {
+                self.borders.push((self.text.len(), self.reasoning.len()));
+            }
+            self.append_text(after);
+            let marks: Vec<_> = border.map(|at| (at, mark)).into_iter().collect();
+            self.log.append_marked(with_token.then_some(Drawn { token, logprob: None }), piece, &marks);
+        }
+
+        fn append_text(&mut self, text: &str) {
+            if self.is_inside() { self.reasoning.push_str(text) } else { self.text.push_str(text) }
         }
 
         fn advance(&mut self) {
             let processed = self.progress.len();
             if self.tokens.is_empty() {
-                self.progress.push((self.text.len(), processed));
+                self.progress.push((self.place(), processed));
             }
             self.log.progressed(processed, 0, 99);
         }
@@ -675,13 +892,17 @@ mod tests {
             let n_notes = self.log.notes.len();
             let can_go_on = self.readers.iter().zip(&self.log.readers).any(|(got, reader)| {
                 let (Some(got), Some(reader)) = (got, reader) else { return false };
-                got.waiting && (got.text.len() < self.text.len() || (got.events && reader.notes < n_notes))
+                let more = reader.notes < n_notes || got.reasoning.len() < self.reasoning.len();
+                got.waiting && (got.text.len() < self.text.len() || (got.events && more))
             });
             assert_eq!(self.log.take_news(), can_go_on);
         }
 
         fn finish(&mut self) {
             self.log.finish(outcome());
+            if self.is_inside() {
+                self.borders.push((self.text.len(), self.reasoning.len()));
+            }
             for reader in 0..self.readers.len() {
                 while self.read(reader) {}
             }
@@ -689,10 +910,17 @@ mod tests {
 
         fn check(&self) {
             assert_eq!((&self.log.text, &self.log.tokens), (&self.text, &self.tokens));
+            let segments = self.log.finished().segments;
+            let tokens: Vec<Token> = segments.iter().flat_map(|segment| segment.tokens.clone()).collect();
+            assert_eq!(tokens, self.reasoned);
+            assert_eq!(segments.iter().map(|segment| segment.text.as_str()).collect::<String>(), self.reasoning);
             for got in self.readers.iter().flatten() {
                 assert_eq!(got.text, self.text, "reads join to the text");
                 if got.events {
                     assert_eq!(got.tokens, self.tokens, "deltas' tokens join to all tokens");
+                    assert_eq!(got.reasoning, self.reasoning, "and to the reasoning");
+                    assert_eq!(got.reasoned, self.reasoned, "its tokens are told as such");
+                    assert_eq!(got.borders, self.borders, "borders come at their places");
                     assert_eq!(got.shifts, self.shifts, "shifts come at their places");
                     self.check_progress(&got.progress);
                 }

@@ -10,16 +10,14 @@ use std::time::Instant;
 
 pub use hub::{Hub, Target};
 use log::Log;
-pub use log::{Event, ReaderId};
+pub use log::{Event, ReaderId, Segment};
 pub use stats::{Counts, Stats};
 
 use crate::context::job::{End, Flow};
+use crate::context::parking::Source;
 use crate::error::{Error, closed};
 use crate::llama::Token;
-use crate::sequence::{Drawn, Logprob, Outcome, Resume, Sink, StopReason};
-
-/// What happens to the rest of the core when readers change their minds.
-pub type Nudge = Arc<dyn Fn() + Send + Sync>;
+use crate::sequence::{Drawn, Logprob, Mark, Nudge, Outcome, Resume, Sink, StopReason};
 
 const RUNNING: u8 = 0;
 const CANCELLED: u8 = 1;
@@ -40,8 +38,14 @@ pub struct Prediction {
 
 /// Everything about a finished prediction.
 pub struct Finished {
-    /// All text.
+    /// All content.
     pub text: String,
+    /// All reasoning.
+    pub reasoning: String,
+    /// Each stretch of reasoning.
+    pub segments: Vec<Segment>,
+    /// The token in which content begins, or the number of tokens.
+    pub content_start: usize,
     /// All drawn tokens.
     pub tokens: Vec<Token>,
     /// Their log-probabilities, if asked for.
@@ -65,14 +69,6 @@ impl Prediction {
             paused: AtomicBool::new(false),
             log: Mutex::new(Log::new(max_pending)),
         })
-    }
-
-    /// Sets what makes the core look at the flags; called at once if one is set already.
-    pub fn on_nudge(&self, nudge: Nudge) {
-        *lock(&self.nudge) = Some(nudge);
-        if self.cancel.load(Ordering::SeqCst) {
-            self.nudge();
-        }
     }
 
     fn nudge(&self) {
@@ -113,7 +109,7 @@ impl Prediction {
         self.log().outcome.is_some()
     }
 
-    /// All text so far.
+    /// All content so far.
     #[must_use]
     pub fn text(&self) -> String {
         self.log().text.clone()
@@ -171,7 +167,7 @@ impl Prediction {
         }
     }
 
-    /// All text since the reader's last read.
+    /// All content since the reader's last read.
     pub fn read(&self, reader: ReaderId) -> Option<String> {
         let mut log = self.log();
         let text = log.read(reader);
@@ -251,8 +247,8 @@ impl Flow for Prediction {
         self.paused.load(Ordering::SeqCst)
     }
 
-    fn admitted(&self, n_cached: usize, n_total: usize) {
-        self.log().admitted(n_cached, n_total);
+    fn admitted(&self, n_cached: usize, n_total: usize, source: Source) {
+        self.log().admitted(n_cached, n_total, source);
         self.flush();
     }
 
@@ -273,9 +269,9 @@ impl Flow for Prediction {
 }
 
 impl Sink for Prediction {
-    fn publish(&self, drawn: Option<Drawn>, text: &str) -> bool {
+    fn publish(&self, drawn: Option<Drawn>, text: &str, marks: &[(usize, Mark)]) -> bool {
         let mut log = self.log();
-        log.append(drawn, text);
+        log.append_marked(drawn, text, marks);
         let lags = log.lags();
         if lags {
             // Under the lock: a reader that catches up now must see it.
@@ -304,6 +300,13 @@ impl Sink for Prediction {
             (true, Some(error)) => resume(Some(End::Failed(error))),
             (true, None) => resume(Some(End::Cancelled)),
             (false, _) => resume(None),
+        }
+    }
+
+    fn on_nudge(&self, nudge: Nudge) {
+        *lock(&self.nudge) = Some(nudge);
+        if self.cancel.load(Ordering::SeqCst) {
+            self.nudge();
         }
     }
 

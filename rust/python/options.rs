@@ -9,11 +9,12 @@ use pyo3::prelude::*;
 use super::callbacks::{PythonFilter, PythonProcessor};
 use super::prediction::Terms;
 use crate::context::deadline_after;
-use crate::context::job::Overflow;
+use crate::context::job::{Dropped, Overflow};
+use crate::context::parking::Budget;
 use crate::llama::{self, ContextParams, FlashAttention, KvType, LoadParams, OverrideValue, SplitMode, Token};
 use crate::sequence::sampler::{Dry, DynamicTemperature, Mirostat, RepeatPenalty, SamplerKind, SamplerSpec, Xtc};
 use crate::sequence::text::{Batching, TextOptions};
-use crate::sequence::{Prompt, Request};
+use crate::sequence::{Prompt, Reasoning, Request, Turn};
 
 /// A string or a list of tokens.
 #[derive(FromPyObject)]
@@ -32,6 +33,8 @@ impl TextOrTokens {
 }
 
 type DryItems = (f32, f32, i32, Option<usize>, Vec<String>);
+/// Start tag, end tag, whether the prompt opened it, closing text.
+type ReasoningItems = (String, String, bool, String);
 type PenaltyItems = (f32, usize, f32, f32, bool, Option<Py<PyAny>>);
 
 /// The options of `predict`.
@@ -60,12 +63,31 @@ pub struct PredictOptions {
     ignore_eos: bool,
     response_prefix: Option<String>,
     trim_trailing_whitespace: bool,
+    reasoning: Option<ReasoningItems>,
+    reasoning_budget: Option<usize>,
     priority: i32,
     deadline: Option<f64>,
     overflow: Option<String>,
     pub max_pending: Option<usize>,
     token_batching: Option<(u32, f64)>,
     special: bool,
+}
+
+/// What a prediction has to do with a chat.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub struct TurnOptions {
+    chat: u64,
+    keep: usize,
+    /// The window before, and what of it has gone.
+    dropped: Option<(Vec<Token>, Vec<(usize, usize)>)>,
+}
+
+impl TurnOptions {
+    fn into_turn(self) -> Turn {
+        let dropped = self.dropped.map(|(before, ranges)| Dropped { before, ranges });
+        Turn { chat: self.chat, n_keep: self.keep, dropped }
+    }
 }
 
 impl PredictOptions {
@@ -79,7 +101,12 @@ impl PredictOptions {
     }
 
     /// The request, and what its result will repeat of the options.
-    pub fn into_request(self, py: Python<'_>, prompt: TextOrTokens) -> PyResult<(Request, Terms)> {
+    pub fn into_request(
+        self,
+        py: Python<'_>,
+        prompt: TextOrTokens,
+        turn: Option<TurnOptions>,
+    ) -> PyResult<(Request, Terms)> {
         let seed = self.seed.unwrap_or_else(random_seed);
         let terms = Terms { seed, policy: self.policy(), logprobs: self.logprobs.is_some() };
         let overflow = self.overflow.as_deref().map(overflow).transpose()?;
@@ -116,16 +143,21 @@ impl PredictOptions {
             logprobs: self.logprobs,
             processor: self.logits_processor.map(|callable| Box::new(PythonProcessor::new(py, callable)) as _),
         };
+        let budget = self.reasoning_budget;
+        let reasoning =
+            self.reasoning.map(|(start, end, opened, closing)| Reasoning { start, end, opened, closing, budget });
         let request = Request {
             prompt: prompt.into_prompt(self.special),
             sampler,
             text,
+            reasoning,
             max_tokens: self.max_tokens,
             response_prefix: self.response_prefix,
             deterministic: self.deterministic,
             priority: self.priority,
             deadline,
             overflow,
+            chat: turn.map(TurnOptions::into_turn),
         };
         Ok((request, terms))
     }
@@ -279,12 +311,19 @@ pub struct ContextOptions {
     yarn_beta_fast: Option<f32>,
     yarn_beta_slow: Option<f32>,
     yarn_orig_context: Option<u32>,
+    parking_bytes: usize,
+    parking_disk_bytes: usize,
 }
 
 /// Tokens in a micro-batch, and so in a batch: a cancel waits for one micro-batch at most.
 const UBATCH: u32 = 512;
 
 impl ContextOptions {
+    /// How much of what chats leave may be kept outside of the cells.
+    pub fn parking(&self) -> Budget {
+        Budget { host_bytes: self.parking_bytes, disk_bytes: self.parking_disk_bytes }
+    }
+
     pub fn into_params(self) -> PyResult<ContextParams> {
         let n_ubatch =
             self.ubatch_size.or(self.batch_size).unwrap_or(UBATCH).min(UBATCH.max(self.ubatch_size.unwrap_or(0)));

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::sampler::{Sampler, TokenLogprob};
+use super::text::segments::{Parts, Segments};
 use super::text::{StopMatch, TextStream};
 use super::{Outcome, Sink};
 use crate::context::job::{End, Generator, Step};
@@ -59,10 +60,48 @@ pub struct Logprob {
     pub top: Vec<(Token, String, f32)>,
 }
 
+/// What becomes of the text.
+pub enum Text {
+    /// All of it is content.
+    Plain(TextStream),
+    /// Reasoning is told from content.
+    Segmented(Box<Segments>),
+}
+
+impl Text {
+    fn begin(&mut self, prefix: &str, out: &mut Parts) {
+        match self {
+            Self::Plain(stream) => stream.prefix(prefix, &mut out.text),
+            Self::Segmented(segments) => segments.begin(prefix, out),
+        }
+    }
+
+    fn forced(&self) -> Option<Token> {
+        match self {
+            Self::Plain(_) => None,
+            Self::Segmented(segments) => segments.forced(),
+        }
+    }
+
+    fn push(&mut self, token: Token, piece: &[u8], now: f64, out: &mut Parts) -> Option<StopMatch> {
+        match self {
+            Self::Plain(stream) => stream.push(token, piece, now, &mut out.text),
+            Self::Segmented(segments) => segments.push(token, piece, now, out),
+        }
+    }
+
+    fn finish(&mut self, out: &mut Parts) -> Option<StopMatch> {
+        match self {
+            Self::Plain(stream) => stream.finish(&mut out.text),
+            Self::Segmented(segments) => segments.finish(out),
+        }
+    }
+}
+
 /// The state of one generation between two rows.
 pub struct Generation {
     pub sampler: Sampler,
-    pub text: TextStream,
+    pub text: Text,
     pub sink: Arc<dyn Sink>,
     pub model: Arc<Model>,
     pub ignore_eos: bool,
@@ -72,7 +111,7 @@ pub struct Generation {
     /// Whether the text needs the clock (token batching).
     pub needs_clock: bool,
     pub piece: Vec<u8>,
-    pub shown: String,
+    pub shown: Parts,
     pub ended: Option<(StopReason, Option<String>)>,
     pub error: Option<Error>,
 }
@@ -88,9 +127,9 @@ impl Generation {
         self.max_tokens.is_some_and(|limit| self.n_drawn >= limit)
     }
 
-    /// Shows the response prefix, which is content like the rest.
+    /// Shows the response prefix, which is text like the rest; there may be none.
     pub fn begin_with(&mut self, prefix: &str) {
-        self.text.prefix(prefix, &mut self.shown);
+        self.text.begin(prefix, &mut self.shown);
         self.show(None);
     }
 
@@ -110,7 +149,7 @@ impl Generation {
 
     /// Publishes the text that the last token brought.
     fn show(&mut self, drawn: Option<Drawn>) -> bool {
-        let paused = self.sink.publish(drawn, &self.shown);
+        let paused = self.sink.publish(drawn, &self.shown.text, &self.shown.marks);
         self.shown.clear();
         paused
     }
@@ -178,7 +217,11 @@ impl Generation {
 
 impl Generator for Generation {
     fn advance(&mut self, logits: &[f32]) -> Step {
-        match self.sampler.sample(logits) {
+        let sampled = match self.text.forced() {
+            Some(token) => self.sampler.force(logits, token),
+            None => self.sampler.sample(logits),
+        };
+        match sampled {
             Ok(sampled) => {
                 let logprob = sampled.logprob.map(|logprob| self.named(sampled.token, logprob));
                 self.take_token(Drawn { token: sampled.token, logprob })

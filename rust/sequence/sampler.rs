@@ -143,6 +143,11 @@ impl Sampler {
             return Err(Error::Decode(message));
         }
         let token = if self.edits_row() { self.draw_edited(logits)? } else { self.draw(logits)? };
+        self.force(logits, token)
+    }
+
+    /// Takes this token as if it had been drawn from the row.
+    pub fn force(&mut self, logits: &[f32], token: Token) -> Result<Sampled> {
         self.accept(token)?;
         let logprob = self.logprobs.map(|n| self.logprob(logits, token, n));
         Ok(Sampled { token, logprob })

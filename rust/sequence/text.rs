@@ -11,6 +11,11 @@
 //! What is decoded but not published lies in one buffer, `Pending`. The stages move no text: each
 //! answers with a position, "up to here it is mine no more", and the last one is published. Positions
 //! count bytes from the start of the content. Nothing here knows threads, llama.cpp or a clock.
+//!
+//! [`segments`] has what a model says that reasons before it answers: two such streams behind one that
+//! finds the borders.
+
+pub mod segments;
 
 use std::collections::VecDeque;
 
@@ -120,6 +125,15 @@ impl TextStream {
         self.push_staged(token, piece, now, out)
     }
 
+    /// Publishes what waits for a batch or for the end of a grapheme, but neither what could become a stop nor what may
+    /// be trimmed: other text comes before this one goes on.
+    pub fn flush(&mut self, out: &mut String) {
+        let end = self.pending.end();
+        let free = self.stops.as_ref().map_or(end, |stops| stops.free(end));
+        let limit = self.trimmed(free);
+        self.pending.publish(limit, out);
+    }
+
     /// Publishes all that was held back, for the generation ended without a stop.
     ///
     /// Returns the stop string that was complete but still waited for one that starts before it, if
@@ -151,7 +165,7 @@ impl TextStream {
         self.utf8.push(piece, &mut self.pending.text);
         let text = self.pending.since(at);
         let stops = self.stops.as_mut();
-        if let Some(found) = stops.and_then(|stops| stops.push(token, text, at)) {
+        if let Some(found) = stops.and_then(|stops| stops.push(Some(token), text, at)) {
             self.done = true;
             return self.end(Some(found), out);
         }
@@ -388,13 +402,14 @@ impl Stops {
         (strings.is_some() || lists.is_some()).then_some(Self { strings, lists })
     }
 
-    /// Takes in a token whose text starts at position `at`.
-    fn push(&mut self, token: Token, text: &str, at: usize) -> Option<Found> {
+    /// Takes in a token whose text starts at position `at`, or text that is not to count for lists.
+    fn push(&mut self, token: Option<Token>, text: &str, at: usize) -> Option<Found> {
         let end = at + text.len();
         if let Some(strings) = &mut self.strings {
             strings.push(text, at);
         }
-        let list = self.lists.as_mut().and_then(|lists| lists.push(token, at, end));
+        let lists = self.lists.as_mut().zip(token);
+        let list = lists.and_then(|(lists, token)| lists.push(token, at, end));
         match list {
             Some(list) => Some(self.earlier_string(&list).unwrap_or(list)),
             None => self.strings.as_mut()?.take_settled(end),
@@ -406,6 +421,17 @@ impl Stops {
         let strings = self.strings.as_mut()?;
         strings.push(text, at);
         strings.best.take()
+    }
+
+    /// Forgets what was read: nothing matches across this place.
+    fn reset(&mut self) {
+        if let Some(strings) = &mut self.strings {
+            (strings.node, strings.best) = (ROOT, None);
+        }
+        if let Some(lists) = &mut self.lists {
+            lists.node = ROOT;
+            lists.alive.clear();
+        }
     }
 
     fn earlier_string(&mut self, list: &Found) -> Option<Found> {

@@ -13,9 +13,13 @@ from llamactor.chat.messages import (
     load_history,
     to_messages,
 )
+from llamactor.chat.session import ChatSession
+from llamactor.chat.turn import ChatUsage
 
 __all__ = (
     "AssistantMessage",
+    "ChatSession",
+    "ChatUsage",
     "Message",
     "SystemMessage",
     "ToolCall",
