@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Map, Value, json};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::llama::{ChatFormat, ChatFormats, FormatRequest};
 
 /// Templates that are kept, the last used ones.
@@ -22,11 +22,11 @@ pub struct Source {
     pub eos: String,
 }
 
-/// A template, and what it was asked before.
+/// A template, and what it was asked before; failures are remembered too.
 struct Entry {
     source: Source,
-    formats: Arc<ChatFormats>,
-    asked: VecDeque<(String, Arc<ChatFormat>)>,
+    formats: Result<Arc<ChatFormats>, String>,
+    asked: VecDeque<(String, Option<Arc<ChatFormat>>)>,
 }
 
 static KEPT: Mutex<VecDeque<Entry>> = Mutex::new(VecDeque::new());
@@ -36,24 +36,22 @@ static KEPT: Mutex<VecDeque<Entry>> = Mutex::new(VecDeque::new());
 /// # Errors
 /// `ChatTemplate` with llama.cpp's reason.
 pub fn apply(source: &Source, request: &FormatRequest) -> Result<ChatFormat> {
-    formats_of(source)?.apply(request)
+    formats_of(source).map_err(Error::ChatTemplate)?.apply(request)
 }
 
-/// How an answer looks, whatever was said before: what [`apply`] says of one question.
-///
-/// # Errors
-/// As [`apply`].
-pub fn describe(source: &Source, tools: &[Value], kwargs: &Map<String, Value>) -> Result<Arc<ChatFormat>> {
+/// How an answer looks, whatever was said before: what [`apply`] says of one question, if it can.
+#[must_use]
+pub fn describe(source: &Source, tools: &[Value], kwargs: &Map<String, Value>) -> Option<Arc<ChatFormat>> {
     let question = json!([tools, kwargs]).to_string();
     if let Some(known) = with_entry(source, |entry| find(&entry.asked, &question)).flatten() {
-        return Ok(known);
+        return known;
     }
-    let format = Arc::new(apply(source, &one_question(tools, kwargs))?);
+    let format = apply(source, &one_question(tools, kwargs)).ok().map(Arc::new);
     with_entry(source, |entry| {
-        entry.asked.push_front((question, Arc::clone(&format)));
+        entry.asked.push_front((question, format.clone()));
         entry.asked.truncate(MAX_KEPT);
     });
-    Ok(format)
+    format
 }
 
 /// Whether a template was read before.
@@ -62,8 +60,8 @@ pub fn is_known(source: &Source) -> bool {
     with_entry(source, |_| ()).is_some()
 }
 
-fn find(asked: &VecDeque<(String, Arc<ChatFormat>)>, question: &str) -> Option<Arc<ChatFormat>> {
-    asked.iter().find(|(known, _)| known == question).map(|(_, format)| Arc::clone(format))
+fn find(asked: &VecDeque<(String, Option<Arc<ChatFormat>>)>, question: &str) -> Option<Option<Arc<ChatFormat>>> {
+    asked.iter().find(|(known, _)| known == question).map(|(_, format)| format.clone())
 }
 
 /// Does something with what is kept of a template, if it is.
@@ -75,16 +73,17 @@ fn with_entry<T>(source: &Source, act: impl FnOnce(&mut Entry) -> T) -> Option<T
     kept.front_mut().map(act)
 }
 
-fn formats_of(source: &Source) -> Result<Arc<ChatFormats>> {
-    if let Some(formats) = with_entry(source, |entry| Arc::clone(&entry.formats)) {
-        return Ok(formats);
+fn formats_of(source: &Source) -> Result<Arc<ChatFormats>, String> {
+    if let Some(formats) = with_entry(source, |entry| entry.formats.clone()) {
+        return formats;
     }
-    let formats = Arc::new(ChatFormats::new(&source.template, &source.bos, &source.eos)?);
-    let entry = Entry { source: source.clone(), formats: Arc::clone(&formats), asked: VecDeque::new() };
+    let formats = ChatFormats::new(&source.template, &source.bos, &source.eos);
+    let formats = formats.map(Arc::new).map_err(|error| error.to_string());
+    let entry = Entry { source: source.clone(), formats: formats.clone(), asked: VecDeque::new() };
     let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
     kept.push_front(entry);
     kept.truncate(MAX_KEPT);
-    Ok(formats)
+    formats
 }
 
 /// A request of one short question.

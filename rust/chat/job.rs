@@ -11,7 +11,7 @@ use super::template::{self, Failure};
 use super::turns::{self, Shader, Shading};
 use super::{Rendered, Renderer, Request, prompt};
 use crate::error::{Error, Result};
-use crate::llama::{ChatFormat, ControlToken, FormatRequest, Token};
+use crate::llama::{ControlToken, FormatRequest, Token};
 use crate::model::Model;
 
 /// One call of [`render`].
@@ -68,15 +68,11 @@ impl<'a> Job<'a> {
         if self.is_fallback {
             return (None, template::FALLBACK_STOPS.map(str::to_owned).into());
         }
-        let format = self.is_tame().then(|| self.describe());
-        match format {
-            Some(Ok(format)) => (reasoning::of_format(&format, header), format.stops.clone()),
-            _ => (reasoning::find(&self.source.template, header), Vec::new()),
+        let describe = || formats::describe(&self.source, &self.request.tools, &self.request.kwargs);
+        match self.is_tame().then(describe).flatten() {
+            Some(format) => (reasoning::of_format(&format, header), format.stops.clone()),
+            None => (reasoning::find(&self.source.template, header), Vec::new()),
         }
-    }
-
-    fn describe(&self) -> Result<Arc<ChatFormat>> {
-        formats::describe(&self.source, &self.request.tools, &self.request.kwargs)
     }
 
     /// Whether llama.cpp, which has no bounds, may read the template: it renders a question with little fuel.

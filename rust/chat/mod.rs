@@ -9,6 +9,8 @@ mod prompt;
 mod reasoning;
 mod spans;
 mod template;
+#[cfg(test)]
+mod tests;
 mod text;
 mod turns;
 

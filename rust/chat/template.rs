@@ -30,7 +30,7 @@ const MAX_OUTPUT: usize = 64 * 1024 * 1024;
 const MAX_SOURCE: usize = 1024 * 1024;
 
 /// Parser and interpreter recurse; the time is that of a machine at its limits.
-const BOUNDS: Bounds = Bounds { memory: 512 * 1024 * 1024, time: Duration::from_secs(20), stack: 64 * 1024 * 1024 };
+const BOUNDS: Bounds = Bounds { memory: 256 * 1024 * 1024, time: Duration::from_secs(20), stack: 64 * 1024 * 1024 };
 
 /// Precedes what a template says with `raise_exception`.
 const REFUSAL: &str = "\u{1}refused: ";
