@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
+import msgspec
 import pytest
 
 import llamactor
+from llamactor import _core
+from llamactor._hub import finish, hub_for
 from llamactor.chat.messages import AssistantMessage, to_messages
 from llamactor.chat.template import RenderedChat, render_chat
 from tests.conftest import PATIENCE, TINYCHAT
@@ -32,6 +36,8 @@ from tests.models import CHATML, byte_tokens, tiny_spm
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from llamactor.chat.messages import MessageLike
 
 # --- the reference ------------------------------------------------------------------------------
 
@@ -97,7 +103,7 @@ def reference_tokens(model: llamactor.Model, family: Family, text: str) -> list[
 
 
 async def render(
-    model: llamactor.Model, messages: Sequence[dict[str, Any]], **options: Any
+    model: llamactor.Model, messages: Sequence[MessageLike], **options: Any
 ) -> RenderedChat:
     options.setdefault("template", model._chat_template)
     template = options.pop("template")
@@ -542,6 +548,14 @@ HOSTILE = {
         "{{ ('a' * 90000).replace('a', 'b' * 90000) }}",
         "result would be too large",
     ),
+    "gigabytes by doubling": (
+        (
+            "{% set n = namespace(x='ab') %}"
+            "{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+        ),
+        "more than 256 MiB",
+    ),
+    "gigabytes in a list": ("{{ ([1] * 99999999) | list | length }}", "more than 256 MiB"),
     "an unknown filter": ("{{ messages | nothing }}", "nothing"),
     "a syntax error": ("{% for x in %}", "cannot be read"),
     "an undefined name": ("{{ nobody.home.at_all }}", "undefined"),
@@ -559,6 +573,54 @@ async def test_a_hostile_template_ends_in_an_error(tiny_model: llamactor.Model, 
             await render(tiny_model, [USER], template=template)
 
 
+async def test_a_template_that_took_too_much_memory_is_not_run_again(
+    tiny_model: llamactor.Model,
+) -> None:
+    template, cause = HOSTILE["gigabytes by doubling"]
+    for _ in range(3):
+        with pytest.raises(llamactor.ChatTemplateError, match=cause):
+            await render(tiny_model, [USER], template=template)
+    assert (await render(tiny_model, [USER])).text
+
+
+APPENDS = (
+    "{% set parts = [] %}{% for m in messages %}{% set _ = parts.append(m.content) %}{% endfor %}"
+    "<|im_start|>{{ parts | join('|') }}<|im_end|>"
+)
+
+
+async def test_what_only_llama_cpp_can_render_is_tried_elsewhere_and_then_rendered(
+    tiny_model: llamactor.Model,
+) -> None:
+    """And what contents say is as safe there."""
+    messages = [{"role": "user", "content": hostile(tiny_model)}, ANSWER]
+    for _ in range(2):
+        rendered = await render(tiny_model, messages, template=APPENDS)
+        text = f"<|im_start|>{messages[0]['content']}|{ANSWER['content']}<|im_end|>"
+        assert rendered.text == text
+        assert len(controls_among(tiny_model, rendered.tokens)) == 2
+
+
+async def test_a_template_that_hangs_llama_cpp_hangs_no_caller(
+    tiny_model: llamactor.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llamactor.chat.template._TRIAL_SECONDS", 0.5)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(llamactor.ChatTemplateError, match="append"):
+        await render(tiny_model, [USER], template="{{ [].append(1) }}" + endless)
+
+
+async def test_a_trial_that_is_cancelled_leaves_no_process(
+    tiny_model: llamactor.Model,
+) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.0):
+            await render(tiny_model, [USER], template="{{ [].append(2) }}" + endless)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
 async def test_a_cancelled_rendering_leaves_the_model_usable(tiny_model: llamactor.Model) -> None:
     slow = HOSTILE["an endless loop"][0]
     task = asyncio.create_task(render(tiny_model, [USER], template=slow))
@@ -574,3 +636,89 @@ async def test_a_closed_model_renders_nothing(tiny_model_path: Path) -> None:
         pass
     with pytest.raises(llamactor.ClosedError):
         await model.apply_chat_template([USER])
+
+
+# --- what llama.cpp knows of a format -----------------------------------------------------------
+
+
+async def format_of(
+    model: llamactor.Model, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Prompt, grammar, triggers, tags and parser."""
+    hub = hub_for(asyncio.get_running_loop())
+    chat: dict[str, Any] = {
+        "template": None,
+        "messages": messages,
+        "turns": [],
+        "tools": tools,
+        "kwargs": {},
+        "add_generation_prompt": True,
+        "open_ended": False,
+    }
+    request = {
+        "chat": chat,
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "json_schema": "",
+    }
+    call = model._native.chat_format(hub.native, msgspec.json.encode(request))
+    found: dict[str, Any] = msgspec.json.decode(await finish(hub, call))
+    return found
+
+
+def parsed(form: dict[str, Any], text: str, *, partial: bool = False) -> dict[str, Any]:
+    """The message that an answer is."""
+    names = ("format_id", "generation_prompt", "parser")
+    request = {name: form[name] for name in names} | {
+        "text": text,
+        "is_partial": partial,
+        "parse_tool_calls": True,
+    }
+    found: dict[str, Any] = msgspec.json.decode(
+        _core.parse_chat_answer(msgspec.json.encode(request))
+    )
+    return found
+
+
+ANSWERS = {
+    "qwen3": '<think>\nhm\n</think>\n\n<tool_call>\n{"name": "get_weather", "arguments": '
+    '{"city": "Oslo"}}\n</tool_call>',
+    "qwen2.5": '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
+    "mistral": '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Oslo"}, '
+    '"id": "abcdefgh1"}]',
+    "gpt-oss": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.get_weather"
+    '<|channel|>commentary json<|message|>{"city": "Oslo"}',
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+async def test_calls_of_tools_are_read_from_answers_whole_and_in_part(
+    family_files: dict[str, Path], name: str
+) -> None:
+    async with llamactor.load_model(family_files[name], vocab_only=True) as model:
+        form = await format_of(model, [USER], TOOLS)
+        assert form["grammar"]
+        assert form["grammar_lazy"]
+        assert form["triggers"]
+        message = parsed(form, ANSWERS[name])
+        [call] = message["tool_calls"]
+        assert call["function"]["name"] == "get_weather"
+        assert json.loads(call["function"]["arguments"]) == {"city": "Oslo"}
+        if "hm" in ANSWERS[name]:
+            assert message["reasoning_content"].strip() == "hm"
+        for cut in range(0, len(ANSWERS[name]), 7):
+            assert parsed(form, ANSWERS[name][:cut], partial=True)["role"] == "assistant"
+
+
+async def test_the_prompt_of_llama_cpp_is_ours(family_files: dict[str, Path]) -> None:
+    async with llamactor.load_model(family_files["qwen3"], vocab_only=True) as model:
+        form = await format_of(model, [SYSTEM, USER], [])
+        assert form["prompt"] == (await render(model, [SYSTEM, USER])).text
+
+
+async def test_an_answer_that_nests_too_deeply_is_refused(family_files: dict[str, Path]) -> None:
+    async with llamactor.load_model(family_files["qwen3"], vocab_only=True) as model:
+        form = await format_of(model, [USER], TOOLS)
+        deep = '<tool_call>\n{"name": "get_weather", "arguments": ' + '{"a":' * 100_000
+        with pytest.raises(ValueError, match="nests more than 256"):
+            parsed(form, deep)
