@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 
 import llamactor
 from llamactor import options
-from tests.conftest import PATIENCE
+from tests.documents import blocks, output_of_program
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,23 +19,13 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 STATS = llamactor.PredictionStats.__struct_fields__
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of README in this language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-
-
-EXAMPLES = blocks("python")
+EXAMPLES = blocks(README, "python")
 
 
 @cache
 def output_of(number: int) -> str:
-    """What example `number` prints in an interpreter of its own, where a warning is an error."""
-    command = [sys.executable, "-W", "error", "-c", EXAMPLES[number - 1]]
-    done = subprocess.run(
-        command, capture_output=True, check=False, cwd=ROOT, text=True, timeout=PATIENCE
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    """What example `number` prints."""
+    return output_of_program(EXAMPLES[number - 1], ROOT)
 
 
 def test_there_are_six_examples() -> None:
@@ -125,7 +113,7 @@ def targets() -> set[str]:
 
 @pytest.mark.parametrize("text", [README, ARCHITECTURE], ids=["README", "ARCHITECTURE"])
 def test_every_make_command_is_a_target(text: str) -> None:
-    code = re.findall(r"`([^`\n]+)`", text) + blocks("sh")
+    code = re.findall(r"`([^`\n]+)`", text) + blocks(text, "sh")
     named = {name for part in code for name in re.findall(r"^make ([\w-]+)", part, re.MULTILINE)}
     assert named
     assert named <= targets()
@@ -143,7 +131,7 @@ def test_the_table_of_options_names_every_option() -> None:
 
 
 def test_the_tree_of_errors_is_that_of_the_code() -> None:
-    (tree,) = (block for block in blocks("text") if block.startswith("LlamactorError"))
+    (tree,) = (block for block in blocks(README, "text") if block.startswith("LlamactorError"))
     drawn = {}
     stack: list[str] = []
     for line in tree.splitlines():

@@ -37,7 +37,7 @@ PYTHON_MODULES = {
     "prediction": {"_hub", "errors", "options"},
     "sequence": {"_checks", "_hub", "errors", "options", "prediction"},
     "context": {"_checks", "_home", "_hub", "_opening", "sequence"},
-    "chat": {"_checks", "_hub", "_opening", "errors", "options", "prediction"},
+    "chat": {"_checks", "_core", "_hub", "_opening", "errors", "options", "prediction"},
     "context_shift": {"chat"},
     "model": {
         *("_checks", "_home", "_hub", "_opening", "chat"),
