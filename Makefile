@@ -21,9 +21,11 @@ NATIVE_MODULE  := $(wildcard python/llamactor/_core*.so)
 help:
 	@awk -F ' +## ' '/^\.PHONY: .* ## / {sub(/^\.PHONY: /, "make "); printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-.PHONY: demo  ## set everything up, then stream an answer of SmolLM2-135M-Instruct
+.PHONY: demo  ## set everything up, then chat with SmolLM2-135M-Instruct (no terminal: a short exchange)
 demo: build
-	@$(PYTHON_IN_VENV) -m llamactor --chatml "What is the capital of France, and what is it known for?"
+	@if [[ -t 0 && -t 1 ]]; then exec $(PYTHON_IN_VENV) -m llamactor chat; fi; \
+	printf '%s\n' "What is the capital of France?" "What is it known for?" /stats | \
+		$(PYTHON_IN_VENV) -m llamactor chat --echo --max-tokens 256
 
 .PHONY: test  ## set everything up, then run the whole suite (ARGS="-k name" for a part)
 test: build

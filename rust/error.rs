@@ -30,6 +30,9 @@ pub enum Error {
     /// A prompt cannot fit into the context.
     #[error("{0}")]
     ContextOverflow(String),
+    /// A chat template refused the messages, failed, or cannot be had.
+    #[error("{0}")]
+    ChatTemplate(String),
     /// llama.cpp failed to decode or to sample.
     #[error("{0}")]
     Decode(String),

@@ -1,16 +1,18 @@
 //! The native core of llamactor: weights → tokens → logits → text → events → Python.
 //!
-//! One crate, six rooms, in the order of the data's flow. A room uses what stands before it:
+//! One crate, seven rooms, in the order of the data's flow. A room uses what stands before it:
 //!
 //! | room | what |
 //! |---|---|
 //! | [`llama`] | the checked wrapper over llama.cpp; all `unsafe` |
 //! | [`model`] | a file becomes a shared model |
+//! | [`chat`] | messages become a prompt |
 //! | [`context`] | many sequences, one decoder thread |
 //! | [`sequence`] | one actor per sequence |
 //! | [`prediction`] | the hand-off to readers |
 //! | [`python`] | the classes of `llamactor._core` |
 
+pub mod chat;
 pub mod context;
 pub mod error;
 pub mod llama;

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import uvloop
+from hypothesis import settings
 
 import llamactor
 from tests.models import tiny_llama
@@ -25,6 +26,10 @@ TINYCHAT = Path(__file__).parent / "tinychat" / "tinychat-3m-Q8_0.gguf"
 
 PATIENCE = 60.0 * TIME_SCALE
 """Seconds after which a test that waits for something has failed."""
+
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -718,6 +718,47 @@ def _layer_norm(weights: Weights, name: str, size: int) -> None:
     weights.fill(f"{name}.bias", 0, size)
 
 
+def vocabulary_only(
+    path: Path | str,
+    controls: Sequence[str],
+    *,
+    bos: str,
+    eos: str,
+    adds_bos: bool = False,
+    template: str | None = None,
+) -> Path:
+    """The byte-level vocabulary with other control tokens, for loading with vocab_only=True.
+
+    Args:
+        path: The file to write.
+        controls: Texts of the control tokens; those of the user and the bytes stay.
+        bos: Which of them begins a text.
+        eos: Which of them ends a turn.
+        adds_bos: Whether prompts begin with `bos`.
+        template: The chat template.
+    """
+    plain = bpe_vocabulary()
+    count = len(plain) - len(CONTROL) + len(controls)
+    metadata = _llama_metadata(64, 1, 2, 1, TRAIN_CONTEXT, count) | plain.metadata()
+    metadata |= {
+        "tokenizer.ggml.tokens": [*controls, *plain.tokens[len(CONTROL) :]],
+        "tokenizer.ggml.token_type": [
+            *[int(TokenType.CONTROL)] * len(controls),
+            *(int(kind) for kind in plain.types[len(CONTROL) :]),
+        ],
+        "tokenizer.ggml.bos_token_id": controls.index(bos),
+        "tokenizer.ggml.eos_token_id": controls.index(eos),
+        "tokenizer.ggml.eot_token_id": controls.index(eos),
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.add_bos_token": adds_bos,
+    }
+    del metadata["tokenizer.chat_template"]
+    if template is not None:
+        metadata["tokenizer.chat_template"] = template
+    weights = _llama_weights(64, 1, 2, 1, 0, count, [])
+    return _write(path, "llama", metadata, weights.tensors)
+
+
 def no_vocab(path: Path | str) -> Path:
     """A valid Llama without a tokenizer: loads, but any question about text kills llama.cpp."""
     metadata = _llama_metadata(64, 1, 2, 1, TRAIN_CONTEXT, VOCAB_SIZE) | {

@@ -10,9 +10,24 @@ from __future__ import annotations
 import atexit
 
 from llamactor import _core
+from llamactor import context_shift as context_shift
+from llamactor.chat import (
+    AssistantMessage,
+    ChatSession,
+    ChatUsage,
+    Message,
+    SystemMessage,
+    ToolCall,
+    ToolMessage,
+    UserMessage,
+    dump_history,
+    load_history,
+    to_messages,
+)
 from llamactor.context import Context, ContextStats
 from llamactor.errors import (
     BusyError,
+    ChatTemplateError,
     ClosedError,
     ContextOverflowError,
     DeadlineExceededError,
@@ -61,7 +76,11 @@ from llamactor.sequence import ContextSequence, Sequence, SequenceUsage
 from llamactor.system import Device, LogLevel, devices, set_log_level, system_info
 
 __all__ = (
+    "AssistantMessage",
     "BusyError",
+    "ChatSession",
+    "ChatTemplateError",
+    "ChatUsage",
     "ClosedError",
     "Context",
     "ContextOptions",
@@ -85,6 +104,7 @@ __all__ = (
     "LoadProgress",
     "Loading",
     "LogLevel",
+    "Message",
     "Mirostat",
     "Model",
     "ModelInfo",
@@ -105,16 +125,23 @@ __all__ = (
     "SpecialTokens",
     "StateMismatchError",
     "StopReason",
+    "SystemMessage",
     "TextDelta",
     "TokenBatching",
     "TokenLogprob",
+    "ToolCall",
+    "ToolMessage",
     "UnsupportedError",
+    "UserMessage",
     "WorkerCrashedError",
     "Xtc",
     "devices",
+    "dump_history",
+    "load_history",
     "load_model",
     "set_log_level",
     "system_info",
+    "to_messages",
 )
 
 _SHUTDOWN_TIMEOUT = 5.0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from llamactor import _checks as check
+from llamactor._home import Home
 from llamactor._hub import finalisers_rest, finish, hub_for, running_loop
 from llamactor._opening import Opening
 from llamactor.sequence import Sequence
@@ -54,6 +55,14 @@ class ContextStats(msgspec.Struct, frozen=True):
     """Times a prediction had to give its cells up for a while."""
     evictions: int
     """Times an idle sequence lost its cached tokens."""
+    parked_states: int
+    """States of chats kept outside of the cells."""
+    parked_bytes: int
+    """Host memory that they take."""
+    parked_disk_bytes: int
+    """Disk that they take."""
+    restored_tokens: int
+    """Tokens that came back from parked states instead of being evaluated."""
     occupancy: float
     """Share of the cells in use, 0 to 1."""
     decode_time: float
@@ -63,11 +72,18 @@ class ContextStats(msgspec.Struct, frozen=True):
 class Context:
     """One llama.cpp context; serves any event loop and outlives the one that opened it."""
 
-    def __init__(self, native: _core.Context, model: _core.Model, owner: object) -> None:
+    def __init__(
+        self,
+        native: _core.Context,
+        model: _core.Model,
+        owner: object,
+        chat_template: str | None = None,
+    ) -> None:
         """Wrap an open native context; made by `Model.create_context`."""
         self._native = native
         self._model = model
         self._owner = owner
+        self._chat_template = chat_template
         self._closing = False
         info: dict[str, Any] = native.info()
         self._size: int = info["context_size"]
@@ -112,7 +128,7 @@ class Context:
         """Return a sequence if one is free and nobody waits, else None; never suspends."""
         running_loop("a sequence")
         native = self._native.try_acquire()
-        return None if native is None else Sequence(native, self._model, self)
+        return None if native is None else Sequence(native, self._home())
 
     async def _acquire(self, timeout: float | None) -> Sequence:
         sequence = self.try_sequence() if timeout == 0 else await self._queue(timeout)
@@ -127,11 +143,14 @@ class Context:
         try:
             async with asyncio.timeout(timeout):
                 native = await finish(
-                    hub, self._native.acquire(hub.native), discard=lambda late: late.close()
+                    hub, self._native.acquire(hub.native, 0), discard=lambda late: late.close()
                 )
         except TimeoutError:
             return None
-        return Sequence(native, self._model, self)
+        return Sequence(native, self._home())
+
+    def _home(self) -> Home:
+        return Home(self._native, self._model, self._chat_template, self._size, self)
 
     async def aclose(self) -> None:
         """Close it with all its sequences; idempotent. Their predictions fail with `ClosedError`.

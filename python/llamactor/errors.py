@@ -9,6 +9,7 @@ The tree, with the built-in class each one also derives from in parentheses::
     ├── ModelNotLoadedError             a handle whose model is not loaded now
     ├── InsufficientMemoryError (MemoryError)
     ├── ContextOverflowError (ValueError)
+    ├── ChatTemplateError (ValueError)  the chat template failed, or refuses the messages
     ├── DecodeError                     the evaluation itself failed
     ├── StateMismatchError (ValueError) a saved state of another model or layout
     ├── ClosedError                     the object, or what it lives in, was closed
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = (
     "BusyError",
+    "ChatTemplateError",
     "ClosedError",
     "ContextOverflowError",
     "DeadlineExceededError",
@@ -76,6 +78,10 @@ class InsufficientMemoryError(LlamactorError, MemoryError):
 
 class ContextOverflowError(LlamactorError, ValueError):
     """A prompt cannot fit into the context even alone."""
+
+
+class ChatTemplateError(LlamactorError, ValueError):
+    """A chat template cannot be read, failed, or refuses these messages."""
 
 
 class DecodeError(LlamactorError):

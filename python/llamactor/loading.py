@@ -181,6 +181,7 @@ class _Load:
     ) -> None:
         self.loop = loop
         self.ref = ref
+        self._chat_template = options.chat_template
         self.progress = LoadProgress("resolving", 0.0)
         self.done = False
         self.delivered = False
@@ -210,7 +211,8 @@ class _Load:
         """Return the model or raise why there is none."""
         self.raise_failure()
         if self._native is not None:
-            self._model, self._native = Model(*self._native), None
+            native, context = self._native
+            self._model, self._native = Model(native, context, self._chat_template), None
             self.delivered = True
         assert self._model is not None
         return self._model

@@ -9,18 +9,24 @@ from typing import TYPE_CHECKING, Any, Unpack
 import msgspec
 
 from llamactor import _checks as check
+from llamactor._home import Home
 from llamactor._hub import finalisers_rest, finish, hub_for, running_loop
 from llamactor._opening import Opening
+from llamactor.chat.messages import to_messages
+from llamactor.chat.session import ChatSession, respond_to
+from llamactor.chat.template import check_template_names, check_tool_definitions, render_chat
 from llamactor.context import Context
 from llamactor.errors import UnsupportedError
 from llamactor.options import ContextKeywords, ContextOptions, GenerationKeywords, context_options
 from llamactor.prediction import Prediction, start_prediction
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
     from llamactor import _core
+    from llamactor.chat.messages import MessageLike
+    from llamactor.chat.turn import OnMessage
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -100,10 +106,16 @@ class SpecialTokens(msgspec.Struct, frozen=True):
 class Model:
     """A loaded model; serves any event loop and outlives the one that loaded it."""
 
-    def __init__(self, native: _core.Model, context: _core.Context | None) -> None:
+    def __init__(
+        self,
+        native: _core.Model,
+        context: _core.Context | None,
+        chat_template: str | None = None,
+    ) -> None:
         """Wrap a loaded native model and its default context; made by `load_model`."""
         self._native = native
         self._context = context
+        self._chat_template = chat_template
         self._closing = False
         self._info = msgspec.convert(native.info(), ModelInfo)
         self._tokens = msgspec.convert(native.special_tokens(), SpecialTokens)
@@ -203,6 +215,83 @@ class Model:
             UnsupportedError: the model cannot generate.
             RuntimeError: called without a running event loop.
         """
+        context = self._default_context()
+        return start_prediction(context.predict, self._native, self, prompt, options)
+
+    def respond(
+        self,
+        messages: str | Iterable[MessageLike],
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerationKeywords],
+    ) -> Prediction:
+        """Start a prediction that answers a chat, on its own sequence of the default context.
+
+        Nothing is remembered but the evaluated tokens, as a prefix for whoever comes with the same.
+        It waits for a free sequence if need be. It is cancelled when everybody who waited for it
+        or iterated it is gone; see `Prediction`.
+
+        Args:
+            messages: The whole chat, messages or dicts, or the text of one user's message.
+            tools: Schemas of tools that the template shows to the model.
+            template_kwargs: Variables for the template.
+            **options: See `GenerationOptions`. Without ``overflow`` a chat that does not fit is
+                `ContextOverflowError`.
+
+        Raises:
+            TypeError: an option is unknown or has the wrong type, or a message has.
+            ValueError: an option or a message is wrong, or there is none.
+            UnsupportedError: the model cannot generate.
+            RuntimeError: called without a running event loop.
+        """
+        return respond_to(
+            self._home(), messages, tools=tools, template_kwargs=template_kwargs, keywords=options
+        )
+
+    def chat(
+        self,
+        *,
+        context: Context | None = None,
+        system_prompt: str | None = None,
+        history: Iterable[MessageLike] = (),
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        on_message: OnMessage | None = None,
+        **options: Unpack[GenerationKeywords],
+    ) -> ChatSession:
+        """Begin a conversation; returns at once, and opens what it needs when it is used.
+
+        Args:
+            context: Where it runs, one of this model's; None is the default context.
+            system_prompt: What the model is told first; None leaves that to the template.
+            history: Messages to begin with, after `system_prompt`.
+            tools: Schemas of tools that the template shows to the model.
+            chat_template: Jinja text instead of the model's own template.
+            template_kwargs: Variables for the template, such as ``{"enable_thinking": False}``.
+            on_message: Called with each message that enters the history by a prompt.
+            **options: See `GenerationOptions`: what prompts use unless they have their own.
+
+        Raises:
+            TypeError: an option is unknown or has the wrong type.
+            ValueError: an option is out of range, or there are two system prompts.
+            UnsupportedError: the model cannot generate.
+            ClosedError: model or context was closed.
+            RuntimeError: called without a running event loop.
+        """
+        return ChatSession(
+            self if context is None else context,
+            system_prompt=system_prompt,
+            history=history,
+            tools=tools,
+            chat_template=chat_template,
+            template_kwargs=template_kwargs,
+            on_message=on_message,
+            **options,
+        )
+
+    def _default_context(self) -> _core.Context:
         if self._context is None:
             reason = (
                 "it was loaded with vocab_only=True"
@@ -210,7 +299,49 @@ class Model:
                 else "it has no decoder"
             )
             raise UnsupportedError(f"this model cannot generate: {reason}")
-        return start_prediction(self._context.predict, self._native, self, prompt, options)
+        return self._context
+
+    def _home(self) -> Home:
+        context = self._default_context()
+        size: Any = context.info()["context_size"]
+        return Home(context, self._native, self._chat_template, size, self)
+
+    async def apply_chat_template(
+        self,
+        messages: Iterable[MessageLike],
+        *,
+        tools: Iterable[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Return the prompt that the chat template makes of messages, as text.
+
+        The text shows what contents say as it is. Tokenising it with special tokens parsed may
+        therefore yield control tokens that a user has spelt; a session does not do that.
+        Cancelling this keeps nothing.
+
+        Args:
+            messages: Messages or plain ``{"role", "content"}`` dicts.
+            tools: Definitions with "name", "description" and "parameters" (JSON Schema).
+            add_generation_prompt: End with the header of an answer.
+            **kwargs: Further names for the template, such as ``enable_thinking``.
+
+        Raises:
+            TypeError: a message or tool has the wrong type.
+            ValueError: a message is wrong.
+            ChatTemplateError: the template fails, refuses the messages, or leaves one out.
+            ClosedError: the model is closed.
+        """
+        check.check_bool("add_generation_prompt", add_generation_prompt)
+        rendered = await render_chat(
+            self._native,
+            self._chat_template,
+            to_messages(messages),
+            tools=check_tool_definitions(tools or ()),
+            add_generation_prompt=add_generation_prompt,
+            kwargs=check_template_names(kwargs),
+        )
+        return rendered.text
 
     async def _open_context(self, options: ContextOptions) -> Context:
         hub = hub_for(running_loop("a model"))
@@ -218,7 +349,7 @@ class Model:
             hub.native, options.native(self._info.train_context_size)
         )
         native = await finish(hub, call, discard=lambda late: late.close(hub.native))
-        return Context(native, self._native, self)
+        return Context(native, self._native, self, self._chat_template)
 
     async def aclose(self) -> None:
         """Close it with all its contexts; idempotent. Their predictions fail with `ClosedError`.

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from llamactor import _core
 
 Overflow: TypeAlias = Literal["stop_at_limit", "truncate_middle", "rolling_window"]
+ChatOverflow: TypeAlias = "Literal['erase_oldest'] | Overflow | Callable[..., Any]"
+"""In a chat also the default by its name, a strategy of `context_shift`, or an async function."""
 Stop: TypeAlias = "str | Sequence[str | Sequence[int]]"
 LogitBias: TypeAlias = "Mapping[int | str, float | Literal['never']]"
 ReasoningMarks: TypeAlias = tuple[str, str, bool, str]
@@ -57,6 +59,7 @@ KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_
 
 MAX_SEED = 2**32 - 2  # llama.cpp reads 2**32 - 1 as "draw one"
 MAX_INT = 2**31 - 1
+MAX_BYTES = 2**62
 MAX_SECONDS = 1e9  # some thirty years
 AUTO_CONTEXT_SIZE = 8192
 
@@ -269,8 +272,11 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Higher goes first, among those who wait for a sequence and in a batch."""
     deadline: float | None = None
     """Seconds from the call after which it fails with `DeadlineExceededError`."""
-    overflow: Overflow | None = None
-    """What to do when the context is full; None stops, and refuses a prompt that does not fit."""
+    overflow: ChatOverflow | None = None
+    """What to do when the context is full.
+
+    None stops, and refuses a prompt that does not fit; chat sessions drop the oldest turns instead.
+    """
     max_pending: int | None = 1024
     """Tokens every reader may lag before the sequence pauses; None never pauses."""
     token_batching: TokenBatching | None = None
@@ -315,7 +321,7 @@ class GenerationKeywords(TypedDict, total=False):
     reasoning_budget: int | None
     priority: int
     deadline: float | None
-    overflow: Overflow | None
+    overflow: ChatOverflow | None
     max_pending: int | None
     token_batching: TokenBatching | None
     special: bool
@@ -346,6 +352,8 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Replaces metadata of the file by key; keys and texts have at most 127 bytes."""
     lora: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = ()
     """Adapters, for all contexts: a path, or a path and a scale (1.0)."""
+    chat_template: str | None = None
+    """Jinja text of a chat template in place of the file's; None takes that."""
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
@@ -357,6 +365,8 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
         check.check_choice("split_mode", self.split_mode, SPLIT_MODES)
         for name in ("use_mmap", "use_mlock", "vocab_only", "check_tensors"):
             check.check_bool(name, getattr(self, name))
+        if self.chat_template is not None:
+            check.check_text("chat_template", self.chat_template)
         self.native()
 
     def native(self) -> dict[str, object]:
@@ -417,6 +427,10 @@ class ContextOptions(msgspec.Struct, frozen=True, kw_only=True):
     """YaRN high correction dimension."""
     yarn_orig_context: int | None = None
     """Context size the model was trained with, for YaRN."""
+    parking_bytes: int = 512 << 20
+    """Host memory for the states of chats whose cells others needed; 0 evaluates them again."""
+    parking_disk_bytes: int = 1 << 30
+    """Room in the folder for temporary files for what exceeds that; 0 writes nothing."""
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
@@ -450,6 +464,8 @@ class ContextOptions(msgspec.Struct, frozen=True, kw_only=True):
             )
         check.check_bool("kv_unified", self.kv_unified)
         check.check_bool("swa_full", self.swa_full)
+        check.check_int("parking_bytes", self.parking_bytes, 0, MAX_BYTES)
+        check.check_int("parking_disk_bytes", self.parking_disk_bytes, 0, MAX_BYTES)
         self._check_rope()
 
     def _check_rope(self) -> None:
@@ -489,6 +505,8 @@ class ContextKeywords(TypedDict, total=False):
     yarn_beta_fast: float | None
     yarn_beta_slow: float | None
     yarn_orig_context: int | None
+    parking_bytes: int
+    parking_disk_bytes: int
 
 
 class LoadKeywords(ContextKeywords, total=False):
@@ -505,6 +523,7 @@ class LoadKeywords(ContextKeywords, total=False):
     check_tensors: bool
     metadata_overrides: Mapping[str, bool | int | float | str]
     lora: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]]
+    chat_template: str | None
 
 
 _GENERATION_NAMES = (*GenerationOptions.__struct_fields__, "options")
@@ -560,6 +579,7 @@ def native_options(
     if options.dry is not None:
         native["dry"] = (*msgspec.structs.astuple(options.dry)[:4], list(options.dry.breakers))
     native["repeat_penalty"] = None if penalty is None else _native_penalty(penalty)
+    native["overflow"] = _native_overflow(options.overflow)
     native["logit_bias"] = _native_bias(options.logit_bias, vocabulary)
     native["sampler_order"] = None if options.sampler_order is None else list(options.sampler_order)
     if options.logprobs is not None:
@@ -572,6 +592,15 @@ def native_prompt(prompt: object, vocabulary: _core.Model) -> str | list[int]:
     if isinstance(prompt, str):
         return check.check_text("prompt", prompt, empty=False)
     return check.check_tokens("prompt", prompt, vocabulary.vocab_size())
+
+
+def _native_overflow(overflow: object) -> object:
+    if overflow is None or (isinstance(overflow, str) and overflow in OVERFLOWS):
+        return overflow
+    what = check.describe(overflow)
+    raise ValueError(
+        f"overflow={what} is for chats; here it is one of {', '.join(OVERFLOWS)}, or None"
+    )
 
 
 def _native_penalty(penalty: RepeatPenalty) -> tuple[object, ...]:
@@ -652,6 +681,12 @@ def _check_bias(name: str, value: object) -> None:
         if not isinstance(key, str):
             check.check_int(f"{name} key", key, 0, MAX_INT)
         _bias_value(key, bias)
+
+
+def _check_overflow(name: str, value: object) -> None:
+    if not callable(value):
+        names = (*OVERFLOWS, "erase_oldest")
+        check.check_choice(name, value, names, hint="None stops at the limit")
 
 
 def _check_penalty(name: str, value: object) -> None:
@@ -758,9 +793,7 @@ _RULES: dict[str, Callable[[str, Any], object]] = {
     "reasoning_budget": _integer(0, hint="None means no limit"),
     "priority": _integer(-MAX_INT),
     "deadline": _real(0, MAX_SECONDS, above=True, hint="seconds from now; None means no limit"),
-    "overflow": lambda name, value: check.check_choice(
-        name, value, OVERFLOWS, hint="None stops at the limit"
-    ),
+    "overflow": _check_overflow,
     "max_pending": _integer(1, hint="None never pauses"),
     "token_batching": _instance(TokenBatching),
     "special": check.check_bool,
@@ -782,6 +815,7 @@ _TUPLES = ("xtc", "dry", "mirostat", "dynamic_temperature", "token_batching")
 _PLAIN = tuple(
     name
     for name in GenerationOptions.__struct_fields__
-    if name not in {*_TUPLES, "stop", "top_k", "repeat_penalty", "logit_bias", "sampler_order"}
+    if name
+    not in {*_TUPLES, "stop", "top_k", "repeat_penalty", "overflow", "logit_bias", "sampler_order"}
 )
 _default = GenerationOptions()

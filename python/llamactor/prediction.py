@@ -41,6 +41,10 @@ StopReason: TypeAlias = Literal[
 
 SegmentKind: TypeAlias = Literal["reasoning"]
 
+OnSettled: TypeAlias = "Callable[[PredictionResult, BaseException | None], object]"
+"""Takes the outcome of a prediction."""
+
+
 READS_PER_TURN = 64
 """Pieces one iterator takes without suspending before it lets the loop run."""
 
@@ -76,6 +80,8 @@ class PredictionStats(msgspec.Struct, frozen=True):
     """Proposed tokens that were taken; 0 likewise."""
     shifted_tokens: int = 0
     """Tokens dropped to make room."""
+    prefix_source: Literal["cells", "host", "disk"] | None = None
+    """Where the cached tokens were: in the context's cells, or parked in host memory or on disk."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -213,7 +219,9 @@ class _State:
         "hub",
         "ident",
         "loop",
+        "failure",
         "native",
+        "on_settled",
         "owner",
         "readers",
         "result",
@@ -240,10 +248,15 @@ class _State:
         self.result: PredictionResult | None = None
         self.error: BaseException | None = None
         self.retrieved = False
+        self.failure: BaseException | None = None
+        """What it failed with before it began."""
+        self.on_settled: OnSettled | None = None
         hub.listen(self.ident, self.on_news)
 
     def on_news(self) -> None:
-        """Wake the readers, and at the end everybody."""
+        """Wake the readers, and at the end everybody, after whoever keeps the outcome."""
+        if self.on_settled is not None and self.native.done:
+            self.settle()
         for reader in self.readers:
             _wake(reader)
         if self.native.done:
@@ -268,12 +281,18 @@ class _State:
         """Return the result, building it the first time."""
         if self.result is None:
             outcome: dict[str, Any] = self.native.outcome()
-            self.error = outcome.pop("error")
+            self.error = outcome.pop("error") or self.failure
             self.result = _result(outcome, self.error)
             self.owner = None
             if self.error is not None:
                 _attach_partial(self.error, self.result)
+            self._tell_settled(self.result)
         return self.result
+
+    def _tell_settled(self, result: PredictionResult) -> None:
+        on_settled, self.on_settled = self.on_settled, None
+        if on_settled is not None:
+            call_on_loop(self.loop, functools.partial(on_settled, result, self.error))
 
     def deliver(self) -> PredictionResult:
         """Return the result of a finished prediction or raise its failure."""
@@ -385,11 +404,15 @@ class Prediction:
         state = getattr(self, "_state", None)
         if state is None or finalisers_rest():
             return
-        if state.native.done:
+        done = state.native.done
+        if done:
             _report_unretrieved(state)
+        # A chat wants to hear of the end. A closed loop hears nothing, and its hub must not keep it.
+        if state.on_settled is None or state.loop.is_closed():
+            state.hub.forget(state.ident)
+        if done:
             return
         forgotten = not state.native.touched()
-        state.hub.forget(state.ident)
         state.native.cancel()
         if forgotten:
             message = "a prediction was dropped unfinished, and never read, awaited or cancelled"
@@ -543,6 +566,80 @@ def start_prediction(
     checked = native_prompt(prompt, model)
     hub = hub_for(loop)
     return Prediction(_State(start(hub.native, checked, options), hub, loop, owner))
+
+
+class Deferred:
+    """The other end of a prediction whose prompt is not known yet; never holds the public handle.
+
+    A chat makes the prediction at the call, waits its turn and renders its prompt meanwhile.
+    """
+
+    __slots__ = ("_context", "_state")
+
+    def __init__(self, context: _core.Context, state: _State) -> None:
+        """Wrap the state of a prediction that has not begun."""
+        self._context = context
+        self._state = state
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, as it does when it is cancelled before it begins."""
+        return self._state.native.done
+
+    def start(
+        self,
+        prompt: list[int],
+        options: dict[str, object],
+        *,
+        chat: int = 0,
+        keep: int = 0,
+        dropped: tuple[list[int], list[tuple[int, int]]] | None = None,
+    ) -> bool:
+        """Begin with `prompt`; return False if it has ended already.
+
+        Args:
+            prompt: Token ids.
+            options: As `native_options` gives them.
+            chat: The chat it is a turn of.
+            keep: Tokens at the front that stay when the context is full.
+            dropped: The tokens that the chat's window had before, and the ranges of them that have
+                gone since: what follows is moved where the memory can, instead of evaluated again.
+        """
+        turn = {"chat": chat, "keep": keep, "dropped": dropped}
+        return self._context.begin(self._state.native, prompt, options, turn)
+
+    def note_shift(self, kept: int, dropped: int) -> None:
+        """Say that the prompt has lost `dropped` tokens after the first `kept`."""
+        self._state.native.shifted(kept, dropped)
+
+    def fail(self, error: BaseException) -> None:
+        """End it with `error` if it has neither begun nor ended."""
+        if not self._state.native.done:
+            self._state.failure = error
+            self._state.native.abandon()
+
+    def cancel(self) -> None:
+        """Cancel it, as its handle does."""
+        self._state.native.cancel()
+
+
+def defer_prediction(
+    context: _core.Context, owner: object, max_pending: int | None, on_settled: OnSettled
+) -> tuple[Prediction, Deferred]:
+    """Return a prediction that begins later, and what begins it.
+
+    Args:
+        context: Where it will run.
+        owner: What must live as long as it runs.
+        max_pending: Tokens that all its readers may lag before it pauses.
+        on_settled: Called once with the result and the failure, on the loop and before anybody
+            who waits for the prediction goes on.
+    """
+    loop = running_loop("a prediction")
+    hub = hub_for(loop)
+    state = _State(context.defer(hub.native, max_pending), hub, loop, owner)
+    state.on_settled = on_settled
+    return Prediction(state), Deferred(context, state)
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from llamactor import _core
+    from llamactor._home import Home
 
 T = TypeVar("T")
 
@@ -44,11 +45,11 @@ class Sequence:
     Once it, its context or its model is closed, they raise `ClosedError`.
     """
 
-    def __init__(self, native: _core.Sequence, model: _core.Model, owner: object) -> None:
+    def __init__(self, native: _core.Sequence, home: Home) -> None:
         """Wrap an acquired native sequence; made by `Context.sequence` and `fork`."""
         self._native = native
-        self._model = model
-        self._owner = owner
+        self._model = home.model
+        self._of = home
         self._loop = running_loop("a sequence")
 
     @property
@@ -132,7 +133,7 @@ class Sequence:
                 f"no sequence became free within {limit} s; close one or open the context with more"
             )
             raise BusyError(message) from error
-        return Sequence(native, self._model, self._owner)
+        return Sequence(native, self._of)
 
     async def erase(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Remove tokens by position and close the gaps, so that positions stay consecutive.
@@ -187,7 +188,7 @@ class Sequence:
             OSError: it cannot be written.
         """
         checked = check.check_path("path", path)
-        await self._run(lambda hub: self._native.save(hub, checked))
+        await self._run(lambda hub: self._native.save(hub, checked, b""))
 
     async def load(self, path: str | os.PathLike[str]) -> None:
         """Replace the evaluated state by a saved one.
@@ -241,6 +242,9 @@ class Sequence:
     ) -> None:
         """Close it; never suspends."""
         self._native.close()
+
+    def _home(self) -> Home:
+        return self._of
 
     async def _run(
         self,

@@ -24,8 +24,9 @@ use super::Shared;
 use super::batch::{Limits, Phase, Planner, Take, Work};
 use super::cache::{Cells, Slot};
 use super::cost::CostModel;
-use super::job::{End, Generator, Goal, Holder, Job, Message, Overflow, Reply, Step};
+use super::job::{Chat, End, Generator, Goal, Holder, Job, Message, Overflow, Reply, Step};
 use super::memory::Capabilities;
+use super::parking::Source;
 use crate::error::{Error, Result, closed};
 use crate::llama::{Batch, CancelFlags, Context, ContextParams, Decoded, Token};
 
@@ -72,6 +73,8 @@ struct Running {
     n_prompt: usize,
     /// Tokens of the prompt found in the cache.
     n_cached: usize,
+    /// Where they were.
+    source: Source,
     /// When it came: the newest is preempted first.
     order: u64,
     /// Whether it had cells before.
@@ -96,6 +99,8 @@ struct Sequence {
     running: Option<Running>,
     /// Whose tokens the cells hold.
     holder: Holder,
+    /// Whose chat they are: parked before they go.
+    chat: Chat,
     /// What the sequence stands for although its cells had to go: evaluated again before it is worked with.
     lost: Vec<Token>,
     last_used: u64,
@@ -155,7 +160,14 @@ impl Decoder {
             can,
             cells: Cells::new(n, info.n_cells, info.context_size),
             sequences: (0..n)
-                .map(|_| Sequence { running: None, holder: 0, lost: Vec::new(), last_used: 0, checkpoints: Vec::new() })
+                .map(|_| Sequence {
+                    running: None,
+                    holder: 0,
+                    chat: 0,
+                    lost: Vec::new(),
+                    last_used: 0,
+                    checkpoints: Vec::new(),
+                })
                 .collect(),
             planner: Planner::new(n),
             cost: CostModel::new(n.min(context.n_batch()).min(context.n_outputs_max())),
@@ -297,7 +309,8 @@ impl Decoder {
                 self.spare_rows.push(row);
                 self.drawn(slot, step);
             }
-            Message::Memory { slot, holder, op, reply } => self.change_memory(slot, holder, op, &reply),
+            Message::Memory { slot, holder, chat, op, reply } => self.change_memory(slot, (holder, chat), op, &reply),
+            Message::Forget(chat) => self.forget(chat),
             Message::Wake => {}
             Message::Close => return false,
         }
@@ -354,6 +367,7 @@ impl Decoder {
             Overflow::RollingWindow => usize::from(limit > 1),
             Overflow::TruncateMiddle => limit / SHIFT_PARTS,
         };
+        let n_keep = n_keep.max(running.job.n_keep).min(limit - 1);
         let n_discard = (limit / SHIFT_PARTS).max(1).min(limit - n_keep);
         running.job.tokens.drain(n_keep..n_keep + n_discard);
         running.n_prompt = 0;

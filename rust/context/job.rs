@@ -7,11 +7,15 @@ use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 use super::cache::Slot;
+use super::parking::Source;
 use crate::error::{Error, Result};
 use crate::llama::Token;
 
 /// Names who holds a sequence; never the same again. 0 is nobody.
 pub type Holder = u64;
+
+/// Names a chat, which holds a sequence only while it works; never the same again. 0 is none.
+pub type Chat = u64;
 
 /// What to do when a sequence has filled the context.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,8 +59,8 @@ pub trait Flow: Send + Sync {
     fn is_paused(&self) -> bool {
         false
     }
-    /// Evaluation begins: `n_cached` of `n_total` prompt tokens need not be evaluated.
-    fn admitted(&self, _n_cached: usize, _n_total: usize) {}
+    /// Evaluation begins: `n_cached` of `n_total` prompt tokens need not be evaluated. `source` had them.
+    fn admitted(&self, _n_cached: usize, _n_total: usize, _source: Source) {}
     /// So many tokens of the prompt are in the cache now.
     fn progressed(&self, _n_processed: usize, _n_cached: usize, _n_total: usize) {}
     /// The context was full; `n_dropped` tokens after the first `n_kept` went.
@@ -75,12 +79,25 @@ pub enum Goal {
     Generate(Option<Box<dyn Generator>>),
 }
 
+/// Tokens that a chat's window had and has no more: what follows them is moved, where the cells are still there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dropped {
+    /// The window before, as it was evaluated.
+    pub before: Vec<Token>,
+    /// What of it goes.
+    pub ranges: Vec<(usize, usize)>,
+}
+
 /// Work on one sequence, from its prompt to its end.
 pub struct Job {
     /// The sequence.
     pub slot: Slot,
     /// Who holds it.
     pub holder: Holder,
+    /// Whose chat the tokens are.
+    pub chat: Chat,
+    /// What the chat has dropped from its window since its last job.
+    pub dropped: Option<Dropped>,
     /// All tokens that the sequence shall hold before the first is drawn.
     pub tokens: Vec<Token>,
     /// What for.
@@ -95,6 +112,8 @@ pub struct Job {
     pub parkable: bool,
     /// What to do when the context is full.
     pub overflow: Overflow,
+    /// Tokens at the front that never go when it is.
+    pub n_keep: usize,
     /// The outside.
     pub flow: Arc<dyn Flow>,
     /// Where rows and the end go.
@@ -191,11 +210,15 @@ pub enum Message {
         slot: Slot,
         /// Who holds it: what others left in it is not the holder's.
         holder: Holder,
+        /// The holder's chat.
+        chat: Chat,
         /// How.
         op: MemoryOp,
         /// Where the outcome goes.
         reply: Sender<Result<MemoryReply>>,
     },
+    /// A chat is over: what it left is nobody's.
+    Forget(Chat),
     /// Something that the decoder looks at has changed (a cancel, a reader, a waiting caller).
     Wake,
     /// End everything and free the context.

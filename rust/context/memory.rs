@@ -30,6 +30,12 @@ impl MemoryKind {
         }
     }
 
+    /// Whether a sequence can lose its tail and keep the rest.
+    #[must_use]
+    pub fn is_divisible(self) -> bool {
+        self == Self::Attention
+    }
+
     /// The name users see.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -65,7 +71,7 @@ impl Capabilities {
     /// `has_window`: some layers attend to a window only.
     #[must_use]
     pub fn of(kind: MemoryKind, unified: bool, can_shift: bool, has_window: bool) -> Self {
-        let attention = kind == MemoryKind::Attention;
+        let attention = kind.is_divisible();
         Self {
             remove_tail: attention,
             share_prefix: attention && unified,

@@ -7,6 +7,7 @@ pub mod cost;
 mod decoder;
 pub mod job;
 pub mod memory;
+pub mod parking;
 pub mod pool;
 mod stats;
 
@@ -17,8 +18,9 @@ use std::time::{Duration, Instant};
 
 use alarms::Alarms;
 pub use cache::Slot;
-use job::{Holder, Message};
+use job::{Chat, Holder, Message};
 use memory::MemoryKind;
+use parking::{Budget, Parking};
 use pool::Pool;
 pub use stats::{Snapshot, Stats};
 
@@ -30,6 +32,7 @@ use crate::model::Model;
 const MIN_OUTPUTS: u32 = 32;
 
 static NEXT_HOLDER: AtomicU64 = AtomicU64::new(1);
+static NEXT_CHAT: AtomicU64 = AtomicU64::new(1);
 
 /// What is known about a context once it is made.
 #[derive(Clone, Debug)]
@@ -62,6 +65,8 @@ pub struct Shared {
     pub layout: String,
     /// Free sequences.
     pub pool: Pool,
+    /// What chats left in cells that others needed.
+    pub parking: Parking,
     /// Deadlines of predictions that wait behind others on their sequence.
     pub alarms: Alarms,
     /// Counters.
@@ -126,7 +131,7 @@ impl Gate {
 ///
 /// # Errors
 /// What making the context failed with.
-pub fn start(model: &Arc<Model>, params: ContextParams) -> Result<Arc<Shared>> {
+pub fn start(model: &Arc<Model>, params: ContextParams, parking: Budget) -> Result<Arc<Shared>> {
     let params = ContextParams { n_outputs_max: params.n_seq_max.max(MIN_OUTPUTS), ..params };
     let (inbox, messages) = channel();
     let (report, reported) = channel();
@@ -134,7 +139,7 @@ pub fn start(model: &Arc<Model>, params: ContextParams) -> Result<Arc<Shared>> {
     std::thread::Builder::new()
         .name("llamactor-decoder".into())
         .stack_size(decoder::STACK_BYTES)
-        .spawn(move || open_and_run(model, params, inbox, messages, report))
+        .spawn(move || open_and_run(model, params, parking, inbox, messages, report))
         .map_err(|source| Error::Io { context: "cannot start the decoder thread".into(), source })?;
     reported.recv().map_err(|_| Error::WorkerCrashed("the decoder died while making its context".into()))?
 }
@@ -143,6 +148,7 @@ pub fn start(model: &Arc<Model>, params: ContextParams) -> Result<Arc<Shared>> {
 fn open_and_run(
     model: Arc<Model>,
     params: ContextParams,
+    parking: Budget,
     inbox: Sender<Message>,
     messages: Receiver<Message>,
     report: Sender<Result<Arc<Shared>>>,
@@ -152,7 +158,7 @@ fn open_and_run(
             Ok(context) => context,
             Err(error) => return drop(report.send(Err(error))),
         };
-    let shared = Arc::new(share(model, &params, &context, inbox));
+    let shared = Arc::new(share(model, &params, &context, parking, inbox));
     let decoder = decoder::Decoder::new(Arc::clone(&shared), context, params, messages);
     if report.send(Ok(Arc::clone(&shared))).is_ok() {
         decoder.run();
@@ -183,7 +189,13 @@ fn require_memory(model: &Model, params: &ContextParams) -> Result<()> {
     Ok(())
 }
 
-fn share(model: Arc<Model>, params: &ContextParams, context: &llama::Context, inbox: Sender<Message>) -> Shared {
+fn share(
+    model: Arc<Model>,
+    params: &ContextParams,
+    context: &llama::Context,
+    parking: Budget,
+    inbox: Sender<Message>,
+) -> Shared {
     let memory = MemoryKind::of(model.llama(), params.swa_full);
     let n_sequences = params.n_seq_max as usize;
     // llama.cpp rounds the size up; the user's number is the limit.
@@ -202,6 +214,7 @@ fn share(model: Arc<Model>, params: &ContextParams, context: &llama::Context, in
     Shared {
         layout: layout(params, memory),
         pool: Pool::new(n_sequences),
+        parking: Parking::new(parking),
         alarms: Alarms::default(),
         stats: Stats::default(),
         views: (0..n_sequences).map(|_| Mutex::default()).collect(),
@@ -268,6 +281,18 @@ impl Shared {
         let holder = NEXT_HOLDER.fetch_add(1, Ordering::Relaxed);
         *self.view(slot) = View { holder, tokens: Vec::new() };
         holder
+    }
+
+    /// A new chat, which has left nothing anywhere yet.
+    #[must_use]
+    pub fn new_chat() -> Chat {
+        NEXT_CHAT.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A chat is over: what it left serves as a prefix for others at most.
+    pub fn forget_chat(&self, chat: Chat) {
+        self.parking.forget(chat);
+        self.send(Message::Forget(chat));
     }
 
     fn view(&self, slot: Slot) -> std::sync::MutexGuard<'_, View> {

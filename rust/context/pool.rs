@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use super::cache::Slot;
+use super::job::Chat;
 use crate::error::{Error, Result, closed};
 
 /// Called with the sequence, or with why there is none.
@@ -18,6 +19,7 @@ struct Waiter {
     id: WaiterId,
     priority: i32,
     deadline: Option<Instant>,
+    chat: Chat,
     grant: Grant,
 }
 
@@ -33,6 +35,8 @@ pub struct Pool {
 struct Inner {
     /// Least recently used first, so that cached prefixes live long.
     free: VecDeque<Slot>,
+    /// Whose chat had each sequence last.
+    chats: Vec<Chat>,
     waiters: VecDeque<Waiter>,
     closed: bool,
 }
@@ -42,7 +46,12 @@ impl Pool {
     #[must_use]
     pub fn new(n_slots: usize) -> Self {
         Self {
-            inner: Mutex::new(Inner { free: (0..n_slots as Slot).collect(), waiters: VecDeque::new(), closed: false }),
+            inner: Mutex::new(Inner {
+                free: (0..n_slots as Slot).collect(),
+                chats: vec![0; n_slots],
+                waiters: VecDeque::new(),
+                closed: false,
+            }),
             n_waiting: AtomicUsize::new(0),
             n_active: AtomicUsize::new(0),
             next_id: AtomicU64::new(1),
@@ -77,13 +86,18 @@ impl Pool {
         if inner.closed {
             return Err(closed("context"));
         }
-        let slot = if inner.waiters.is_empty() { inner.free.pop_front() } else { None };
+        let slot = if inner.waiters.is_empty() { inner.take_free(0) } else { None };
         self.count(&inner);
         Ok(slot)
     }
 
     /// Calls `grant` with a sequence, at once if one is free. Returns the waiter's name, by which it can leave.
     pub fn take(&self, priority: i32, deadline: Option<Instant>, grant: Grant) -> WaiterId {
+        self.take_for(0, priority, deadline, grant)
+    }
+
+    /// The same for a chat: of the free sequences it gets the one that it had last.
+    pub fn take_for(&self, chat: Chat, priority: i32, deadline: Option<Instant>, grant: Grant) -> WaiterId {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let mut inner = self.lock();
         if inner.closed {
@@ -92,7 +106,7 @@ impl Pool {
             return id;
         }
         let at = inner.waiters.iter().position(|other| other.priority < priority).unwrap_or(inner.waiters.len());
-        inner.waiters.insert(at, Waiter { id, priority, deadline, grant });
+        inner.waiters.insert(at, Waiter { id, priority, deadline, chat, grant });
         self.serve(inner);
         id
     }
@@ -119,7 +133,7 @@ impl Pool {
         while !inner.free.is_empty()
             && let Some(waiter) = inner.waiters.pop_front()
         {
-            served.extend(inner.free.pop_front().map(|slot| (waiter.grant, slot)));
+            served.extend(inner.take_free(waiter.chat).map(|slot| (waiter.grant, slot)));
         }
         self.count(&inner);
         drop(inner);
@@ -173,6 +187,17 @@ impl Pool {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// The chat's sequence if that is free, else the one that was used longest ago.
+    fn take_free(&mut self, chat: Chat) -> Option<Slot> {
+        let own = |&slot: &Slot| chat != 0 && self.chats[slot as usize] == chat;
+        let index = self.free.iter().position(own).unwrap_or(0);
+        let slot = self.free.remove(index)?;
+        self.chats[slot as usize] = chat;
+        Some(slot)
     }
 }
 
@@ -247,6 +272,18 @@ mod tests {
         let taken =
             [pool.try_take(), pool.try_take(), pool.try_take(), pool.try_take()].map(|slot| slot.unwrap_or(None));
         assert_eq!(taken, [Some(1), Some(2), Some(0), None]);
+    }
+
+    #[test]
+    fn a_chat_gets_the_sequence_that_it_had_last() {
+        let (pool, diary) = (Pool::new(3), Diary::default());
+        for (name, chat) in [(0, 7), (1, 8)] {
+            pool.take_for(chat, 0, None, writes(&diary, name));
+        }
+        (0..2).for_each(|slot| pool.give_back(slot));
+        pool.take_for(8, 0, None, writes(&diary, 2));
+        pool.take_for(9, 0, None, writes(&diary, 3));
+        assert_eq!(written(&diary)[2..], [(2, Told::Slot(1)), (3, Told::Slot(2))]);
     }
 
     #[test]

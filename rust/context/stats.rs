@@ -45,6 +45,10 @@ counters! {
     preemptions,
     /// Idle sequences that lost their cached tokens.
     evictions,
+    /// States of chats that were parked.
+    parked_states,
+    /// Tokens that came back from parked states.
+    restored_tokens,
     /// Nanoseconds spent in decode calls.
     decode_nanoseconds,
 }

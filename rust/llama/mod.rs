@@ -16,7 +16,7 @@ pub use context::{CancelFlags, Context, ContextParams, Decoded, FlashAttention, 
 pub use log::{LogLevel, set_log_level};
 pub use model::{LoadParams, Model, OverrideValue, SplitMode};
 pub use sampler::*;
-pub use vocab::SpecialTokens;
+pub use vocab::{ControlToken, SpecialTokens};
 
 /// Index into the vocabulary (`llama_token`).
 pub type Token = i32;

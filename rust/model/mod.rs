@@ -4,12 +4,12 @@ mod info;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use info::ModelInfo;
 
 use crate::error::{Error, Result};
-use crate::llama::{self, LoadParams, OverrideValue, Token, gguf};
+use crate::llama::{self, ControlToken, LoadParams, OverrideValue, Token, gguf};
 
 /// A loaded model, its description and what tells it from others.
 pub struct Model {
@@ -20,6 +20,7 @@ pub struct Model {
     overrides: Vec<(String, OverrideValue)>,
     eog_tokens: Vec<Token>,
     suppressed_tokens: Vec<Token>,
+    control_tokens: OnceLock<Vec<ControlToken>>,
 }
 
 impl Model {
@@ -41,6 +42,7 @@ impl Model {
             fingerprint: info::fingerprint(&header, path, params)?,
             eog_tokens: (0..llama.n_vocab() as Token).filter(|&token| llama.is_eog(token)).collect(),
             suppressed_tokens: llama.suppressed_tokens(),
+            control_tokens: OnceLock::new(),
             llama,
             path: path.to_owned(),
             overrides: params.overrides.clone(),
@@ -75,6 +77,12 @@ impl Model {
     #[must_use]
     pub fn suppressed_tokens(&self) -> &[Token] {
         &self.suppressed_tokens
+    }
+
+    /// The tokens that only special parsing yields, longest text first.
+    #[must_use]
+    pub fn control_tokens(&self) -> &[ControlToken] {
+        self.control_tokens.get_or_init(|| self.llama.control_tokens())
     }
 
     /// The tokens of a prompt, on the caller's stack: BOS first where the model wants it.

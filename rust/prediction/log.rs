@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::Finished;
 use super::stats::{Clock, Counts, Stats};
+use crate::context::parking::Source;
 use crate::llama::Token;
 use crate::sequence::{Drawn, Logprob, Mark, Outcome};
 
@@ -133,11 +134,12 @@ impl Log {
 
     // ---- what comes in --------------------------------------------------------------------------------------------
 
-    pub fn admitted(&mut self, cached: usize, total: usize) {
+    pub fn admitted(&mut self, cached: usize, total: usize, source: Source) {
         if self.clock.admitted.is_none() {
             self.clock.admitted = Some(Instant::now());
             self.counts.prompt = total;
             self.counts.cached = cached;
+            self.counts.source = (cached > 0).then_some(source);
         }
         self.progressed(cached, cached, total);
     }
@@ -451,7 +453,7 @@ mod tests {
     #[test]
     fn events_stand_where_they_happened() {
         let mut log = Log::new(None);
-        log.admitted(1, 9);
+        log.admitted(1, 9, Source::Cells);
         let reader = log.open_reader(true);
         assert_eq!(log.read_event(reader), Some(prompt(1)));
         log.progressed(9, 1, 9);
@@ -467,7 +469,7 @@ mod tests {
     fn of_progress_that_nobody_saw_only_the_newest_is_told() {
         let mut log = Log::new(None);
         let reader = log.open_reader(true);
-        log.admitted(1, 9);
+        log.admitted(1, 9, Source::Cells);
         log.progressed(4, 1, 9);
         assert_eq!(all_events(&mut log, reader), [prompt(4)]);
         log.progressed(6, 1, 9);
@@ -478,9 +480,9 @@ mod tests {
     #[test]
     fn a_prompt_that_is_evaluated_again_is_no_news() {
         let mut log = Log::new(None);
-        log.admitted(1, 9);
+        log.admitted(1, 9, Source::Cells);
         log.append(drawn(1), "a");
-        log.admitted(8, 10);
+        log.admitted(8, 10, Source::Cells);
         log.progressed(10, 8, 10);
         let reader = log.open_reader(true);
         assert_eq!(all_events(&mut log, reader), [prompt(1), text("a", &[1])]);

@@ -14,12 +14,10 @@ pub use log::{Event, ReaderId, Segment};
 pub use stats::{Counts, Stats};
 
 use crate::context::job::{End, Flow};
+use crate::context::parking::Source;
 use crate::error::{Error, closed};
 use crate::llama::Token;
-use crate::sequence::{Drawn, Logprob, Mark, Outcome, Resume, Sink, StopReason};
-
-/// What happens to the rest of the core when readers change their minds.
-pub type Nudge = Arc<dyn Fn() + Send + Sync>;
+use crate::sequence::{Drawn, Logprob, Mark, Nudge, Outcome, Resume, Sink, StopReason};
 
 const RUNNING: u8 = 0;
 const CANCELLED: u8 = 1;
@@ -71,14 +69,6 @@ impl Prediction {
             paused: AtomicBool::new(false),
             log: Mutex::new(Log::new(max_pending)),
         })
-    }
-
-    /// Sets what makes the core look at the flags; called at once if one is set already.
-    pub fn on_nudge(&self, nudge: Nudge) {
-        *lock(&self.nudge) = Some(nudge);
-        if self.cancel.load(Ordering::SeqCst) {
-            self.nudge();
-        }
     }
 
     fn nudge(&self) {
@@ -257,8 +247,8 @@ impl Flow for Prediction {
         self.paused.load(Ordering::SeqCst)
     }
 
-    fn admitted(&self, n_cached: usize, n_total: usize) {
-        self.log().admitted(n_cached, n_total);
+    fn admitted(&self, n_cached: usize, n_total: usize, source: Source) {
+        self.log().admitted(n_cached, n_total, source);
         self.flush();
     }
 
@@ -310,6 +300,13 @@ impl Sink for Prediction {
             (true, Some(error)) => resume(Some(End::Failed(error))),
             (true, None) => resume(Some(End::Cancelled)),
             (false, _) => resume(None),
+        }
+    }
+
+    fn on_nudge(&self, nudge: Nudge) {
+        *lock(&self.nudge) = Some(nudge);
+        if self.cancel.load(Ordering::SeqCst) {
+            self.nudge();
         }
     }
 

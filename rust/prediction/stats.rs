@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use crate::context::parking::Source;
+
 /// When what happened. A moment is `None` until it comes.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
@@ -29,6 +31,7 @@ pub struct Stats {
     pub cached_tokens: usize,
     pub predicted_tokens: usize,
     pub shifted_tokens: usize,
+    pub prefix_source: Option<Source>,
     pub queue_time: f64,
     pub prefill_time: f64,
     pub time_to_first_token: f64,
@@ -44,6 +47,8 @@ pub struct Counts {
     pub cached: usize,
     pub predicted: usize,
     pub shifted: usize,
+    /// Where the cached ones were.
+    pub source: Option<Source>,
 }
 
 impl Stats {
@@ -59,6 +64,7 @@ impl Stats {
             cached_tokens: counts.cached,
             predicted_tokens: counts.predicted,
             shifted_tokens: counts.shifted,
+            prefix_source: counts.source,
             queue_time: between(Some(clock.created), clock.admitted),
             prefill_time: between(clock.admitted, clock.first_token),
             time_to_first_token: clock.first_token.map_or(0.0, |_| between(Some(clock.created), clock.first_token)),
@@ -141,7 +147,7 @@ mod tests {
     #[test]
     fn counts_are_passed_on() {
         let (created, clock) = clock([None; 3]);
-        let stats = Stats::at(created, &clock, Counts { prompt: 4, cached: 3, predicted: 2, shifted: 1 });
+        let stats = Stats::at(created, &clock, Counts { prompt: 4, cached: 3, predicted: 2, shifted: 1, source: None });
         let counts = (stats.prompt_tokens, stats.cached_tokens, stats.predicted_tokens, stats.shifted_tokens);
         assert_eq!(counts, (4, 3, 2, 1));
     }

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use super::context::Context;
 use super::hub::Hub;
@@ -19,6 +20,7 @@ pub enum Value {
     None,
     Count(usize),
     Floats(Vec<f32>),
+    Bytes(Vec<u8>),
     Model(Arc<crate::model::Model>),
     Context(Arc<Sequences>),
     Sequence(Lease),
@@ -147,6 +149,7 @@ fn into_python(py: Python<'_>, value: Value) -> PyResult<Py<PyAny>> {
     Ok(match value {
         Value::None => py.None(),
         Value::Count(n) => n.into_pyobject(py)?.into_any().unbind(),
+        Value::Bytes(bytes) => PyBytes::new(py, &bytes).into_any().unbind(),
         Value::Floats(floats) => floats.into_pyobject(py)?.into_any().unbind(),
         Value::Model(model) => Py::new(py, Model::new(model))?.into_any(),
         Value::Context(context) => Py::new(py, Context::new(context))?.into_any(),

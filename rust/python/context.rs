@@ -8,7 +8,7 @@ use pyo3::types::PyDict;
 
 use super::call::{Call, State, Value};
 use super::hub::Hub;
-use super::options::{PredictOptions, TextOrTokens};
+use super::options::{PredictOptions, TextOrTokens, TurnOptions};
 use super::prediction::Prediction;
 use super::process::Native;
 use super::sequence::Sequence;
@@ -70,14 +70,19 @@ impl Context {
         dict.set_item("shifted_tokens", counters.shifted_tokens)?;
         dict.set_item("preemptions", counters.preemptions)?;
         dict.set_item("evictions", counters.evictions)?;
+        let parked = shared.parking.parked();
+        dict.set_item("parked_states", parked.n_states)?;
+        dict.set_item("parked_bytes", parked.host_bytes)?;
+        dict.set_item("parked_disk_bytes", parked.disk_bytes)?;
+        dict.set_item("restored_tokens", counters.restored_tokens)?;
         dict.set_item("decode_time", counters.decode_nanoseconds as f64 / 1e9)?;
         Ok(dict)
     }
 
-    fn acquire(&self, hub: &Hub) -> PyResult<Call> {
+    fn acquire(&self, hub: &Hub, chat: u64) -> PyResult<Call> {
         let state = State::new(hub)?;
         let context = self.0.get()?;
-        let waiter = context.acquire(state.done(Value::Sequence));
+        let waiter = context.acquire(chat, state.done(Value::Sequence));
         leave_on_cancel(&state, context.shared(), waiter);
         Ok(Call::new(state))
     }
@@ -96,19 +101,48 @@ impl Context {
         let context = self.0.get()?;
         context.shared().require_open()?;
         let max_pending = options.max_pending;
-        let (request, terms) = options.into_request(py, prompt)?;
+        let (request, terms) = options.into_request(py, prompt, None)?;
         let native = prediction::Prediction::new(hub.native()?, max_pending);
-        let sink: Arc<prediction::Prediction> = Arc::clone(&native);
-        let waiter = context.predict(request, sink);
-        let shared = Arc::clone(context.shared());
-        native.on_nudge(Arc::new(move || {
-            // Still waiting for a sequence: it ends here, since only a cancel nudges then; else the decoder looks.
-            match shared.pool.leave(waiter) {
-                Some(grant) => grant(Err(Error::Cancelled)),
-                None => shared.wake(),
-            }
-        }));
+        context.predict(request, native.clone());
         Ok(Prediction::new(native, terms))
+    }
+
+    /// A prediction whose prompt is not known yet; `begin` gives it one.
+    fn defer(&self, hub: &Hub, max_pending: Option<usize>) -> PyResult<Prediction> {
+        self.0.get()?.shared().require_open()?;
+        Ok(Prediction::deferred(prediction::Prediction::new(hub.native()?, max_pending)))
+    }
+
+    /// Queues a deferred prediction. False when it has ended already.
+    fn begin(
+        &self,
+        py: Python<'_>,
+        prediction: &Prediction,
+        prompt: TextOrTokens,
+        options: PredictOptions,
+        turn: TurnOptions,
+    ) -> PyResult<bool> {
+        let context = self.0.get()?;
+        context.shared().require_open()?;
+        let (request, terms) = options.into_request(py, prompt, Some(turn))?;
+        let native = prediction.begin(terms)?;
+        let begins = native.is_some();
+        if let Some(native) = native {
+            context.predict(request, native);
+        }
+        Ok(begins)
+    }
+
+    #[staticmethod]
+    fn new_chat() -> u64 {
+        Shared::new_chat()
+    }
+
+    /// Forgets what a chat left, but for what serves others as a prefix.
+    fn forget_chat(&self, chat: u64) {
+        if let Some(context) = self.0.here() {
+            context.shared().forget_chat(chat);
+        }
     }
 
     fn close(&self, hub: &Hub) -> PyResult<Call> {

@@ -8,6 +8,7 @@ use crate::error::{Error, ForeignError};
 mod exceptions {
     use pyo3::import_exception;
     import_exception!(llamactor.errors, BusyError);
+    import_exception!(llamactor.errors, ChatTemplateError);
     import_exception!(llamactor.errors, ClosedError);
     import_exception!(llamactor.errors, ContextOverflowError);
     import_exception!(llamactor.errors, DeadlineExceededError);
@@ -33,6 +34,7 @@ pub fn to_python(error: &Error) -> PyErr {
         Error::ModelNotFound(_) => raise::ModelNotFoundError::new_err(message),
         Error::InsufficientMemory(_) => raise::InsufficientMemoryError::new_err(message),
         Error::ContextOverflow(_) => raise::ContextOverflowError::new_err(message),
+        Error::ChatTemplate(_) => raise::ChatTemplateError::new_err(message),
         Error::Decode(_) => raise::DecodeError::new_err(message),
         Error::StateMismatch(_) => raise::StateMismatchError::new_err(message),
         Error::Closed(_) => raise::ClosedError::new_err(message),

@@ -2,6 +2,7 @@
 
 mod call;
 mod callbacks;
+mod chat;
 mod context;
 mod error;
 mod hub;

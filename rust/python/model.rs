@@ -10,13 +10,14 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use super::call::{Call, State, Value};
+use super::chat;
 use super::hub::Hub;
 use super::options::{ContextOptions, LoadOptions};
 use super::process::{Native, require_own_process};
 use crate::error::{Error, Result, closed};
 use crate::llama::{self, LogLevel, Token};
 use crate::model;
-use crate::sequence::Sequences;
+use crate::sequence::{Sequences, note};
 
 /// Longest text that is tokenised on the caller's stack; a longer one gets a thread with a larger one.
 const OWN_STACK_BYTES: usize = 4 * 1024;
@@ -60,7 +61,7 @@ impl Model {
         Self(Native::new(Arc::new(Holder { model: Mutex::new(Some(model)), contexts: Mutex::default() })))
     }
 
-    fn open(&self) -> PyResult<Arc<model::Model>> {
+    pub(super) fn open(&self) -> PyResult<Arc<model::Model>> {
         Ok(lock(&self.0.get()?.model).clone().ok_or_else(|| closed("model"))?)
     }
 }
@@ -138,6 +139,13 @@ impl Model {
         Ok(py.detach(move || tokenize(&model, text, add_bos, special))?)
     }
 
+    /// The tokens of a text that goes on after others: no space is put before it.
+    fn tokenize_continuation(&self, py: Python<'_>, text: String, special: bool) -> PyResult<Vec<Token>> {
+        let model = self.open()?;
+        let tokenize = move || model.tokenize_continuation(&text, special);
+        Ok(py.detach(move || on_deep_stack(tokenize))?)
+    }
+
     fn count_tokens(&self, py: Python<'_>, text: String) -> PyResult<usize> {
         Ok(self.tokenize(py, text, false, false)?.len())
     }
@@ -147,14 +155,40 @@ impl Model {
         Ok(py.detach(move || model.llama().detokenize(&tokens, special))?)
     }
 
+    fn render_chat(&self, hub: &Hub, request: Vec<u8>) -> PyResult<Call> {
+        chat::render(self.open()?, hub, request)
+    }
+
+    /// Writes a chat's note to a file that has no state.
+    fn save_note(&self, hub: &Hub, path: PathBuf, note: Vec<u8>) -> PyResult<Call> {
+        let (model, state) = (self.open()?, State::new(hub)?);
+        let reporter = Arc::clone(&state);
+        spawn("llamactor-save", move || {
+            reporter.finish(note::write(&path, &model, &note).map(|()| Value::None));
+        })?;
+        Ok(Call::new(state))
+    }
+
+    /// Reads a chat's note; its first byte says whether a state is beside it.
+    fn load_note(&self, hub: &Hub, path: PathBuf) -> PyResult<Call> {
+        let (model, state) = (self.open()?, State::new(hub)?);
+        let reporter = Arc::clone(&state);
+        spawn("llamactor-restore", move || {
+            let noted = note::read(&path, &model);
+            reporter.finish(noted.map(|(note, has_state)| Value::Bytes([&[u8::from(has_state)], &note[..]].concat())));
+        })?;
+        Ok(Call::new(state))
+    }
+
     fn create_context(&self, hub: &Hub, options: ContextOptions) -> PyResult<Call> {
         let model = self.open()?;
+        let parking = options.parking();
         let params = options.into_params()?;
         let state = State::new(hub)?;
         let reporter = Arc::clone(&state);
         let holder = Arc::clone(self.0.get()?);
         spawn("llamactor-open", move || {
-            let context = Sequences::start(&model, params).and_then(|context| holder.adopt(context));
+            let context = Sequences::start(&model, params, parking).and_then(|context| holder.adopt(context));
             reporter.finish(context.map(Value::Context));
         })?;
         Ok(Call::new(state))
@@ -183,11 +217,16 @@ fn tokenize(model: &Arc<model::Model>, text: String, add_bos: bool, special: boo
         return model.llama().tokenize(&text, add_bos, special);
     }
     let model = Arc::clone(model);
-    let thread = spawn("llamactor-tokenize", move || model.llama().tokenize(&text, add_bos, special))?;
+    on_deep_stack(move || model.llama().tokenize(&text, add_bos, special))
+}
+
+/// Runs what recurses with the length of a text.
+fn on_deep_stack<T: Send + 'static>(run: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let thread = spawn("llamactor-tokenize", run)?;
     thread.join().map_err(|_| Error::WorkerCrashed("the tokeniser's thread died".into()))?
 }
 
-fn spawn<T: Send + 'static>(
+pub(super) fn spawn<T: Send + 'static>(
     name: &str,
     run: impl FnOnce() -> T + Send + 'static,
 ) -> Result<std::thread::JoinHandle<T>> {

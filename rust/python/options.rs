@@ -9,11 +9,12 @@ use pyo3::prelude::*;
 use super::callbacks::{PythonFilter, PythonProcessor};
 use super::prediction::Terms;
 use crate::context::deadline_after;
-use crate::context::job::Overflow;
+use crate::context::job::{Dropped, Overflow};
+use crate::context::parking::Budget;
 use crate::llama::{self, ContextParams, FlashAttention, KvType, LoadParams, OverrideValue, SplitMode, Token};
 use crate::sequence::sampler::{Dry, DynamicTemperature, Mirostat, RepeatPenalty, SamplerKind, SamplerSpec, Xtc};
 use crate::sequence::text::{Batching, TextOptions};
-use crate::sequence::{Prompt, Reasoning, Request};
+use crate::sequence::{Prompt, Reasoning, Request, Turn};
 
 /// A string or a list of tokens.
 #[derive(FromPyObject)]
@@ -72,6 +73,23 @@ pub struct PredictOptions {
     special: bool,
 }
 
+/// What a prediction has to do with a chat.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub struct TurnOptions {
+    chat: u64,
+    keep: usize,
+    /// The window before, and what of it has gone.
+    dropped: Option<(Vec<Token>, Vec<(usize, usize)>)>,
+}
+
+impl TurnOptions {
+    fn into_turn(self) -> Turn {
+        let dropped = self.dropped.map(|(before, ranges)| Dropped { before, ranges });
+        Turn { chat: self.chat, n_keep: self.keep, dropped }
+    }
+}
+
 impl PredictOptions {
     /// The name of what is done when the context is full.
     fn policy(&self) -> &'static str {
@@ -83,7 +101,12 @@ impl PredictOptions {
     }
 
     /// The request, and what its result will repeat of the options.
-    pub fn into_request(self, py: Python<'_>, prompt: TextOrTokens) -> PyResult<(Request, Terms)> {
+    pub fn into_request(
+        self,
+        py: Python<'_>,
+        prompt: TextOrTokens,
+        turn: Option<TurnOptions>,
+    ) -> PyResult<(Request, Terms)> {
         let seed = self.seed.unwrap_or_else(random_seed);
         let terms = Terms { seed, policy: self.policy(), logprobs: self.logprobs.is_some() };
         let overflow = self.overflow.as_deref().map(overflow).transpose()?;
@@ -134,6 +157,7 @@ impl PredictOptions {
             priority: self.priority,
             deadline,
             overflow,
+            chat: turn.map(TurnOptions::into_turn),
         };
         Ok((request, terms))
     }
@@ -287,12 +311,19 @@ pub struct ContextOptions {
     yarn_beta_fast: Option<f32>,
     yarn_beta_slow: Option<f32>,
     yarn_orig_context: Option<u32>,
+    parking_bytes: usize,
+    parking_disk_bytes: usize,
 }
 
 /// Tokens in a micro-batch, and so in a batch: a cancel waits for one micro-batch at most.
 const UBATCH: u32 = 512;
 
 impl ContextOptions {
+    /// How much of what chats leave may be kept outside of the cells.
+    pub fn parking(&self) -> Budget {
+        Budget { host_bytes: self.parking_bytes, disk_bytes: self.parking_disk_bytes }
+    }
+
     pub fn into_params(self) -> PyResult<ContextParams> {
         let n_ubatch =
             self.ubatch_size.or(self.batch_size).unwrap_or(UBATCH).min(UBATCH.max(self.ubatch_size.unwrap_or(0)));

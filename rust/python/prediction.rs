@@ -1,24 +1,29 @@
 //! A prediction as its readers see it.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
 use super::error::to_python;
 use super::process::Native;
+use crate::context::job::Flow;
+use crate::context::parking::Source;
 use crate::prediction::{self, Event, Finished, Segment, Stats};
-use crate::sequence::Outcome;
+use crate::sequence::{Outcome, Sink, StopReason};
 
 /// A running or finished prediction.
 #[pyclass(frozen, module = "llamactor._core")]
 pub struct Prediction {
     native: Native<Arc<prediction::Prediction>>,
-    terms: Terms,
+    terms: OnceLock<Terms>,
+    /// Whether it has begun, or ended before it could.
+    begun: Arc<AtomicBool>,
 }
 
 /// What the result repeats of the options.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub struct Terms {
     /// Drawn if none was given.
     pub seed: u32,
@@ -30,8 +35,37 @@ pub struct Terms {
 
 impl Prediction {
     pub fn new(native: Arc<prediction::Prediction>, terms: Terms) -> Self {
-        Self { native: Native::new(native), terms }
+        Self { native: Native::new(native), terms: terms.into(), begun: Arc::new(AtomicBool::new(true)) }
     }
+
+    /// One whose prompt is not known yet. Cancelled before it begins, it ends at once.
+    pub fn deferred(native: Arc<prediction::Prediction>) -> Self {
+        let begun = Arc::new(AtomicBool::new(false));
+        let (weak, flag) = (Arc::downgrade(&native), Arc::clone(&begun));
+        native.on_nudge(Arc::new(move || {
+            if let Some(native) = weak.upgrade()
+                && native.cancel_flag().load(Ordering::SeqCst)
+                && !flag.swap(true, Ordering::SeqCst)
+            {
+                end_unbegun(&native);
+            }
+        }));
+        Self { native: Native::new(native), terms: OnceLock::new(), begun }
+    }
+
+    /// Takes it, to begin it; `None` when it has ended already.
+    pub fn begin(&self, terms: Terms) -> PyResult<Option<Arc<prediction::Prediction>>> {
+        let native = self.native.get()?;
+        if self.begun.swap(true, Ordering::SeqCst) {
+            return Ok(None);
+        }
+        let _ = self.terms.set(terms);
+        Ok(Some(Arc::clone(native)))
+    }
+}
+
+fn end_unbegun(native: &prediction::Prediction) {
+    native.finish(Outcome { stop_reason: StopReason::Cancelled, stop_string: None, error: native.cancel_error() });
 }
 
 #[pymethods]
@@ -48,6 +82,21 @@ impl Prediction {
 
     fn cancel(&self) -> PyResult<()> {
         self.native.get()?.cancel();
+        Ok(())
+    }
+
+    /// Notes that a deferred one begins with a window that has lost tokens.
+    fn shifted(&self, n_kept: usize, n_dropped: usize) -> PyResult<()> {
+        self.native.get()?.shifted(n_kept, n_dropped);
+        Ok(())
+    }
+
+    /// Ends a deferred one that will not begin; no effect on any other.
+    fn abandon(&self) -> PyResult<()> {
+        let native = self.native.get()?;
+        if !self.begun.swap(true, Ordering::SeqCst) {
+            end_unbegun(native);
+        }
         Ok(())
     }
 
@@ -109,17 +158,18 @@ impl Prediction {
 
 impl Prediction {
     fn describe<'py>(&self, py: Python<'py>, outcome: &Outcome, finished: &Finished) -> PyResult<Bound<'py, PyDict>> {
+        let terms = self.terms.get().copied().unwrap_or_default();
         let dict = PyDict::new(py);
         dict.set_item("content", &finished.text)?;
         dict.set_item("reasoning", Some(&finished.reasoning).filter(|text| !text.is_empty()))?;
         dict.set_item("segments", segments(py, finished)?)?;
         dict.set_item("content_start", finished.content_start)?;
         dict.set_item("tokens", &finished.tokens)?;
-        dict.set_item("logprobs", self.terms.logprobs.then(|| logprobs(py, finished)).transpose()?)?;
+        dict.set_item("logprobs", terms.logprobs.then(|| logprobs(py, finished)).transpose()?)?;
         dict.set_item("stop_reason", outcome.stop_reason.name())?;
         dict.set_item("stop_string", &outcome.stop_string)?;
-        dict.set_item("seed", self.terms.seed)?;
-        dict.set_item("context_shift", shift(py, self.terms.policy, finished)?)?;
+        dict.set_item("seed", terms.seed)?;
+        dict.set_item("context_shift", shift(py, terms.policy, finished)?)?;
         dict.set_item("stats", stats(py, &finished.stats)?)?;
         dict.set_item("error", outcome.error.as_ref().map(|error| to_python(error).into_value(py)))?;
         Ok(dict)
@@ -177,5 +227,6 @@ fn stats<'py>(py: Python<'py>, stats: &Stats) -> PyResult<Bound<'py, PyDict>> {
     dict.set_item("tokens_per_second", stats.tokens_per_second())?;
     dict.set_item("prompt_tokens_per_second", stats.prompt_tokens_per_second())?;
     dict.set_item("shifted_tokens", stats.shifted_tokens)?;
+    dict.set_item("prefix_source", stats.prefix_source.map(Source::name))?;
     Ok(dict)
 }

@@ -15,7 +15,7 @@ use super::process::{Native, is_forked};
 use crate::error::{Error, closed};
 use crate::llama::Token;
 use crate::prediction;
-use crate::sequence::Lease;
+use crate::sequence::{Lease, Sink};
 
 /// A sequence.
 #[pyclass(frozen, module = "llamactor._core")]
@@ -81,7 +81,7 @@ impl Sequence {
     ) -> PyResult<Prediction> {
         let lease = self.open()?;
         let max_pending = options.max_pending;
-        let (request, terms) = options.into_request(py, prompt)?;
+        let (request, terms) = options.into_request(py, prompt, None)?;
         let native = prediction::Prediction::new(hub.native()?, max_pending);
         let sink: Arc<prediction::Prediction> = Arc::clone(&native);
         let queued = lease.predict(request, sink);
@@ -122,8 +122,8 @@ impl Sequence {
         self.call(hub, |lease, state| lease.clear(state.done(|()| Value::None)))
     }
 
-    fn save(&self, hub: &Hub, path: PathBuf) -> PyResult<Call> {
-        self.call(hub, |lease, state| lease.save(path, state.done(|()| Value::None)))
+    fn save(&self, hub: &Hub, path: PathBuf, note: Vec<u8>) -> PyResult<Call> {
+        self.call(hub, |lease, state| lease.save(path, note, state.done(|()| Value::None)))
     }
 
     fn load(&self, hub: &Hub, path: PathBuf) -> PyResult<Call> {

@@ -1,21 +1,24 @@
 //! The thread of a sequence: prompt → prefill → (sample → text → next)* → done, one command after the other.
 
 use std::any::Any;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
 use super::generation::{Generation, Text};
-use super::lease::{Lease, Sequences, Ticket};
+use super::lease::{Lease, Owner, Sequences, Ticket};
 use super::sampler::{Sampler, Vocabulary};
 use super::state::{self, Fingerprint};
 use super::text::TextStream;
 use super::text::segments::{Parts, Segments};
 use super::{Done, Outcome, Prompt, Request, Sink, StopReason};
 use crate::context::alarms::Late;
-use crate::context::job::{End, Flow, Generator, Goal, Holder, Job, MemoryOp, MemoryReply, Message, Overflow, Reply};
+use crate::context::job::{
+    Chat, Dropped, End, Flow, Generator, Goal, Job, MemoryOp, MemoryReply, Message, Overflow, Reply,
+};
+use crate::context::parking::Source;
 use crate::context::{Shared, Slot};
 use crate::error::{Error, Result, closed};
 use crate::llama::Token;
@@ -87,6 +90,7 @@ struct Terms {
     deadline: Option<Instant>,
     deterministic: bool,
     overflow: Option<Overflow>,
+    n_keep: usize,
 }
 
 impl Terms {
@@ -96,8 +100,20 @@ impl Terms {
             deadline: request.deadline,
             deterministic: request.deterministic,
             overflow: request.overflow,
+            n_keep: request.chat.as_ref().map_or(0, |chat| chat.n_keep),
         }
     }
+
+    /// Of work that nobody waits for in a hurry.
+    const PLAIN: Self = Self { priority: 0, deadline: None, deterministic: false, overflow: None, n_keep: 0 };
+}
+
+/// What a generation is to work on.
+struct Work {
+    tokens: Vec<Token>,
+    dropped: Option<Dropped>,
+    terms: Terms,
+    parkable: bool,
 }
 
 /// What a sequence is asked.
@@ -134,6 +150,7 @@ pub enum Command {
     },
     Save {
         path: PathBuf,
+        note: Vec<u8>,
         done: Done<()>,
     },
     Load {
@@ -237,7 +254,7 @@ impl Actor {
         if ticket.is_closed() && !last {
             return command.refuse(closed("sequence"));
         }
-        let holder = ticket.id();
+        let owner = ticket.owner();
         // The hold ends before anybody hears of the outcome: who does may want the sequence.
         match *command {
             Command::Predict(queued) => match queued.take() {
@@ -245,13 +262,13 @@ impl Actor {
                 None => drop(ticket),
             },
             Command::Resume(parked) => self.resume(ticket, *parked),
-            Command::Prefill { prompt, cancel, done } => answer(self.prefill(holder, prompt, cancel), ticket, done),
-            Command::Score { tokens, cancel, done } => answer(self.score(holder, tokens, cancel), ticket, done),
-            Command::Fork { lease, done } => answer(self.fork(holder, lease), ticket, done),
-            Command::Erase { ranges, cancel, done } => answer(self.erase(holder, ranges, cancel), ticket, done),
-            Command::Clear { done } => answer(self.change(holder, || MemoryOp::Clear).map(drop), ticket, done),
-            Command::Save { path, done } => answer(self.save(holder, &path), ticket, done),
-            Command::Load { path, done } => answer(self.load(holder, &path), ticket, done),
+            Command::Prefill { prompt, cancel, done } => answer(self.prefill(owner, prompt, cancel), ticket, done),
+            Command::Score { tokens, cancel, done } => answer(self.score(owner, tokens, cancel), ticket, done),
+            Command::Fork { lease, done } => answer(self.fork(owner, lease), ticket, done),
+            Command::Erase { ranges, cancel, done } => answer(self.erase(owner, ranges, cancel), ticket, done),
+            Command::Clear { done } => answer(self.change(owner, || MemoryOp::Clear).map(drop), ticket, done),
+            Command::Save { path, note, done } => answer(self.save(owner, &path, &note), ticket, done),
+            Command::Load { path, done } => answer(self.load(owner, &path), ticket, done),
             Command::Leased { .. } | Command::End => {}
         }
     }
@@ -265,10 +282,12 @@ impl Actor {
             return finish_early(&*sink, cancelled(&*sink));
         }
         let terms = Terms::of(&request);
+        let dropped = request.chat.as_ref().and_then(|chat| chat.dropped.clone());
         match self.prepare(request, &sink) {
             Ok((generation, tokens)) => {
                 let parkable = parkable && !terms.deterministic;
-                self.generate(ticket, generation, tokens, terms, parkable);
+                self.fetch(ticket.owner(), &tokens);
+                self.generate(ticket, generation, Work { tokens, dropped, terms, parkable });
             }
             Err(error) => {
                 drop(ticket);
@@ -308,6 +327,15 @@ impl Actor {
         generation.sampler.prime(&tokens)?;
         generation.begin_with(request.response_prefix.as_deref().unwrap_or_default());
         Ok((generation, tokens))
+    }
+
+    /// Brings what a chat left on disk into memory, where the decoder finds it, and makes room for what it parks.
+    fn fetch(&self, owner: Owner, tokens: &[Token]) {
+        let parking = &self.shared.parking;
+        if owner.chat != 0 {
+            parking.fetch(owner.chat, tokens, self.shared.info.memory.is_divisible());
+        }
+        parking.spill();
     }
 
     fn sampler(&self, spec: super::sampler::SamplerSpec) -> Result<Sampler> {
@@ -368,7 +396,8 @@ impl Actor {
     }
 
     /// Runs a generation to its end, or until its sequence is needed by others.
-    fn generate(&self, ticket: Ticket, generation: Box<Generation>, tokens: Vec<Token>, terms: Terms, parkable: bool) {
+    fn generate(&self, ticket: Ticket, generation: Box<Generation>, work: Work) {
+        let Work { tokens, dropped, terms, parkable } = work;
         let sink = Arc::clone(&generation.sink);
         let flow = Arc::clone(&sink).as_flow();
         if generation.is_complete() {
@@ -378,17 +407,18 @@ impl Actor {
         let cheap = generation.is_cheap();
         let (along, mut here) =
             if cheap { (Some(generation as Box<dyn Generator>), None) } else { (None, Some(generation)) };
-        self.begin(Job { parkable, ..self.job(ticket.id(), tokens, Goal::Generate(along), terms, flow) });
+        self.begin(Job { parkable, dropped, ..self.job(ticket.owner(), tokens, Goal::Generate(along), terms, flow) });
         let ended = self.attend(&mut here);
         let Some(generation) = here.or(ended.generation) else {
             drop(ticket);
             return finish_early(&*sink, ended.end);
         };
+        let chat = ticket.owner().chat;
         let n_drawn = generation.n_drawn - n_drawn_before;
         self.shared.usage(self.slot).predicted.fetch_add(n_drawn as u64, Ordering::Relaxed);
         drop(ticket);
         match ended.end {
-            End::Parked => self.park(Parked { generation, tokens: ended.tokens, terms }),
+            End::Parked => self.park(Parked { generation, tokens: ended.tokens, terms }, chat),
             end => generation.finish(end),
         }
     }
@@ -402,14 +432,14 @@ impl Actor {
         terms: Terms,
         flow: Arc<dyn Flow>,
     ) {
-        self.begin(self.job(ticket.id(), tokens, Goal::Evaluate, terms, flow));
+        self.begin(self.job(ticket.owner(), tokens, Goal::Evaluate, terms, flow));
         let ended = self.attend(&mut None);
         drop(ticket);
         generation.ended = Some((StopReason::MaxTokens, None));
         generation.finish(ended.end);
     }
 
-    fn park(&self, parked: Parked) {
+    fn park(&self, parked: Parked, chat: Chat) {
         let sink = Arc::clone(&parked.generation.sink);
         let sequences = self.sequences.clone();
         if let Some(sequences) = sequences.upgrade() {
@@ -420,8 +450,13 @@ impl Actor {
             (None, None) => parked.generation.finish(End::Failed(closed("context"))),
             (None, Some(sequences)) => {
                 let Terms { priority, deadline, .. } = parked.terms;
-                sequences.enter(priority, deadline, move |lease| match lease {
+                let sink = Arc::clone(&parked.generation.sink);
+                sequences.enter(&sink, chat, priority, deadline, move |lease| match lease {
                     Ok(lease) => lease.send_last(Command::Resume(Box::new(parked))),
+                    Err(Error::Cancelled) => {
+                        let end = cancelled(&*parked.generation.sink);
+                        parked.generation.finish(end);
+                    }
                     Err(error) => parked.generation.finish(End::Failed(error)),
                 });
             }
@@ -429,15 +464,19 @@ impl Actor {
     }
 
     fn resume(&self, ticket: Ticket, parked: Parked) {
-        self.generate(ticket, parked.generation, parked.tokens, parked.terms, true);
+        let work = Work { tokens: parked.tokens, dropped: None, terms: parked.terms, parkable: true };
+        self.fetch(ticket.owner(), &work.tokens);
+        self.generate(ticket, parked.generation, work);
     }
 
     // ---- jobs -----------------------------------------------------------------------------------------------------
 
-    fn job(&self, holder: Holder, tokens: Vec<Token>, goal: Goal, terms: Terms, flow: Arc<dyn Flow>) -> Job {
+    fn job(&self, owner: Owner, tokens: Vec<Token>, goal: Goal, terms: Terms, flow: Arc<dyn Flow>) -> Job {
         Job {
             slot: self.slot,
-            holder,
+            holder: owner.holder,
+            chat: owner.chat,
+            dropped: None,
             tokens,
             goal,
             priority: terms.priority,
@@ -445,6 +484,7 @@ impl Actor {
             alone: terms.deterministic,
             parkable: false,
             overflow: terms.overflow.unwrap_or_default(),
+            n_keep: terms.n_keep,
             flow,
             replies: self.reply_sender.clone(),
         }
@@ -484,9 +524,8 @@ impl Actor {
     }
 
     /// Runs a job without a generation.
-    fn run_job(&self, holder: Holder, tokens: Vec<Token>, goal: Goal, cancel: Arc<AtomicBool>) -> Result<Vec<f32>> {
-        let terms = Terms { priority: 0, deadline: None, deterministic: false, overflow: None };
-        self.begin(self.job(holder, tokens, goal, terms, Arc::new(Cancel(cancel))));
+    fn run_job(&self, owner: Owner, tokens: Vec<Token>, goal: Goal, cancel: Arc<AtomicBool>) -> Result<Vec<f32>> {
+        self.begin(self.job(owner, tokens, goal, Terms::PLAIN, Arc::new(Cancel(cancel))));
         let ended = self.attend(&mut None);
         match ended.end {
             End::Done => Ok(ended.scores),
@@ -505,16 +544,16 @@ impl Actor {
 
     // ---- the other commands ---------------------------------------------------------------------------------------
 
-    fn prefill(&self, holder: Holder, prompt: Prompt, cancel: Arc<AtomicBool>) -> Result<usize> {
+    fn prefill(&self, owner: Owner, prompt: Prompt, cancel: Arc<AtomicBool>) -> Result<usize> {
         let tokens = self.tokenize(&prompt, None)?;
         let n_tokens = tokens.len();
         if n_tokens > self.shared.info.context_size {
             return Err(self.too_long(n_tokens));
         }
         let counter = Arc::new(Counted { cancel, n_cached: std::sync::atomic::AtomicUsize::new(0) });
-        let terms = Terms { priority: 0, deadline: None, deterministic: false, overflow: None };
         let flow: Arc<dyn Flow> = counter.clone();
-        self.begin(self.job(holder, tokens, Goal::Evaluate, terms, flow));
+        self.fetch(owner, &tokens);
+        self.begin(self.job(owner, tokens, Goal::Evaluate, Terms::PLAIN, flow));
         match self.attend(&mut None).end {
             End::Done => Ok(n_tokens - counter.n_cached.load(Ordering::Relaxed)),
             End::Cancelled | End::Parked => Err(Error::Cancelled),
@@ -523,7 +562,7 @@ impl Actor {
         }
     }
 
-    fn score(&self, holder: Holder, tokens: Vec<Token>, cancel: Arc<AtomicBool>) -> Result<Vec<f32>> {
+    fn score(&self, owner: Owner, tokens: Vec<Token>, cancel: Arc<AtomicBool>) -> Result<Vec<f32>> {
         let model = self.shared.model()?;
         if let Some(&token) = tokens.iter().find(|&&token| !model.llama().contains(token)) {
             return Err(model.llama().outside(token));
@@ -534,7 +573,7 @@ impl Actor {
         if all.len() > self.shared.info.context_size {
             return Err(self.too_long(all.len()));
         }
-        let mut scores = self.run_job(holder, all, Goal::Score(from), cancel)?;
+        let mut scores = self.run_job(owner, all, Goal::Score(from), cancel)?;
         if from == 0 {
             // Nothing comes before the first token, so nothing predicts it.
             scores.insert(0, f32::NAN);
@@ -542,8 +581,8 @@ impl Actor {
         Ok(scores)
     }
 
-    fn fork(&self, holder: Holder, lease: Lease) -> Result<Lease> {
-        match self.change(holder, || MemoryOp::CopyTo(lease.slot(), lease.holder()))? {
+    fn fork(&self, owner: Owner, lease: Lease) -> Result<Lease> {
+        match self.change(owner, || MemoryOp::CopyTo(lease.slot(), lease.holder()))? {
             MemoryReply::Reevaluate(tokens) => {
                 let prompt = Prompt::Tokens { tokens, parse_special: false };
                 let (report, reported) = channel();
@@ -555,10 +594,10 @@ impl Actor {
         }
     }
 
-    fn erase(&self, holder: Holder, ranges: Vec<(usize, usize)>, cancel: Arc<AtomicBool>) -> Result<()> {
-        match self.change(holder, || MemoryOp::Erase(ranges.clone()))? {
+    fn erase(&self, owner: Owner, ranges: Vec<(usize, usize)>, cancel: Arc<AtomicBool>) -> Result<()> {
+        match self.change(owner, || MemoryOp::Erase(ranges.clone()))? {
             MemoryReply::Reevaluate(tokens) if !tokens.is_empty() => {
-                self.run_job(holder, tokens, Goal::Evaluate, cancel).map(drop)
+                self.run_job(owner, tokens, Goal::Evaluate, cancel).map(drop)
             }
             _ => Ok(()),
         }
@@ -568,35 +607,35 @@ impl Actor {
         Ok(Fingerprint::new(self.shared.model()?.fingerprint(), &self.shared.layout))
     }
 
-    fn save(&self, holder: Holder, path: &std::path::Path) -> Result<()> {
-        match self.change(holder, || MemoryOp::Save)? {
-            MemoryReply::State(saved) => state::write(path, self.fingerprint()?, &saved),
+    fn save(&self, owner: Owner, path: &Path, note: &[u8]) -> Result<()> {
+        match self.change(owner, || MemoryOp::Save)? {
+            MemoryReply::State(saved) => state::write(path, self.fingerprint()?, &saved, note),
             _ => Ok(()),
         }
     }
 
-    fn load(&self, holder: Holder, path: &std::path::Path) -> Result<()> {
+    fn load(&self, owner: Owner, path: &Path) -> Result<()> {
         let saved = state::read(path, self.fingerprint()?)?;
-        match self.change(holder, || MemoryOp::Restore(saved.clone()))? {
-            MemoryReply::Reevaluate(tokens) => self.run_job(holder, tokens, Goal::Evaluate, Arc::default()).map(drop),
+        match self.change(owner, || MemoryOp::Restore(saved.clone()))? {
+            MemoryReply::Reevaluate(tokens) => self.run_job(owner, tokens, Goal::Evaluate, Arc::default()).map(drop),
             _ => Ok(()),
         }
     }
 
     /// Changes the sequence's memory; what it lost to others is evaluated again first.
-    fn change(&self, holder: Holder, op: impl Fn() -> MemoryOp) -> Result<MemoryReply> {
+    fn change(&self, owner: Owner, op: impl Fn() -> MemoryOp) -> Result<MemoryReply> {
         loop {
-            match self.ask(holder, op())? {
+            match self.ask(owner, op())? {
                 // Others may take the cells again before the next question arrives.
-                MemoryReply::Lost(tokens) => drop(self.run_job(holder, tokens, Goal::Evaluate, Arc::default())?),
+                MemoryReply::Lost(tokens) => drop(self.run_job(owner, tokens, Goal::Evaluate, Arc::default())?),
                 reply => return Ok(reply),
             }
         }
     }
 
-    fn ask(&self, holder: Holder, op: MemoryOp) -> Result<MemoryReply> {
+    fn ask(&self, owner: Owner, op: MemoryOp) -> Result<MemoryReply> {
         let (reply, replied) = channel();
-        self.shared.send(Message::Memory { slot: self.slot, holder, op, reply });
+        self.shared.send(Message::Memory { slot: self.slot, holder: owner.holder, chat: owner.chat, op, reply });
         replied.recv().map_err(|_| closed("context"))?
     }
 }
@@ -627,7 +666,7 @@ impl Flow for Counted {
         &self.cancel
     }
 
-    fn admitted(&self, n_cached: usize, _n_total: usize) {
+    fn admitted(&self, n_cached: usize, _n_total: usize, _source: Source) {
         self.n_cached.store(n_cached, Ordering::Relaxed);
     }
 }

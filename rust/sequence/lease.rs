@@ -1,7 +1,7 @@
 //! Who holds which sequence of a context, and the threads behind them.
 
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Instant;
@@ -9,7 +9,8 @@ use std::time::Instant;
 use super::actor::{Actor, Command, Envelope, Prediction, Queued, STACK_BYTES};
 use super::{Done, Prompt, Request, Sink};
 use crate::context::alarms::Late;
-use crate::context::job::Holder;
+use crate::context::job::{Chat, Holder};
+use crate::context::parking::Budget;
 use crate::context::pool::WaiterId;
 use crate::context::{self, Shared, Slot};
 use crate::error::{Error, Result, closed};
@@ -33,8 +34,8 @@ impl Sequences {
     ///
     /// # Errors
     /// What making the context failed with.
-    pub fn start(model: &Arc<Model>, params: ContextParams) -> Result<Arc<Self>> {
-        let shared = context::start(model, params)?;
+    pub fn start(model: &Arc<Model>, params: ContextParams, parking: Budget) -> Result<Arc<Self>> {
+        let shared = context::start(model, params, parking)?;
         let n = shared.info.n_sequences;
         let sequences = Arc::new_cyclic(|this| Self {
             shared,
@@ -61,9 +62,10 @@ impl Sequences {
     }
 
     /// A sequence when one is free; first come, first served. The result names the waiter, so that it can leave.
-    pub fn acquire(&self, done: Done<Lease>) -> WaiterId {
+    pub fn acquire(&self, chat: Chat, done: Done<Lease>) -> WaiterId {
         let this = self.this.clone();
-        self.shared.pool.take(0, None, Box::new(move |slot| done(slot.and_then(|slot| lease(&this, slot)))))
+        let grant = Box::new(move |slot: Result<Slot>| done(slot.and_then(|slot| lease(&this, slot, chat))));
+        self.shared.pool.take_for(chat, 0, None, grant)
     }
 
     /// A sequence if one is free now.
@@ -72,35 +74,43 @@ impl Sequences {
     /// `Closed` for a closed context.
     pub fn try_acquire(&self) -> Result<Option<Lease>> {
         let slot = self.shared.pool.try_take()?;
-        slot.map(|slot| lease(&self.this, slot)).transpose()
+        slot.map(|slot| lease(&self.this, slot, 0)).transpose()
     }
 
-    /// Predicts on a sequence of its own, as soon as one is free. The result names the waiter.
-    pub fn predict(&self, request: Request, sink: Arc<dyn Sink>) -> WaiterId {
-        let prediction = Prediction { request, sink };
-        let (priority, deadline) = (prediction.request.priority, prediction.request.deadline);
-        self.enter(priority, deadline, move |lease| match lease {
+    /// Predicts on a sequence of its own, as soon as one is free.
+    pub fn predict(&self, request: Request, sink: Arc<dyn Sink>) {
+        let (priority, deadline) = (request.priority, request.deadline);
+        let chat = request.chat.as_ref().map_or(0, |turn| turn.chat);
+        let prediction = Prediction { request, sink: Arc::clone(&sink) };
+        self.enter(&sink, chat, priority, deadline, move |lease| match lease {
             Ok(lease) => lease.send_last(Command::Predict(Queued::new(prediction))),
             Err(error) => prediction.fail(error),
-        })
+        });
     }
 
-    /// Calls `run` with a sequence that gives itself back after its last command.
+    /// Calls `run` with a sequence that gives itself back after its last command. Cancelled while it waits, the
+    /// prediction is told so at once.
     pub(super) fn enter(
         &self,
+        sink: &Arc<dyn Sink>,
+        chat: Chat,
         priority: i32,
         deadline: Option<Instant>,
         run: impl FnOnce(Result<Lease>) + Send + 'static,
-    ) -> WaiterId {
+    ) {
         let this = self.this.clone();
-        let waiter = self.shared.pool.take(
-            priority,
-            deadline,
-            Box::new(move |slot| run(slot.and_then(|slot| lease(&this, slot)))),
-        );
+        let grant = Box::new(move |slot: Result<Slot>| run(slot.and_then(|slot| lease(&this, slot, chat))));
+        let waiter = self.shared.pool.take_for(chat, priority, deadline, grant);
+        let (waiting, shared) = (Arc::downgrade(sink), Arc::clone(&self.shared));
+        sink.on_nudge(Arc::new(move || {
+            let cancelled = waiting.upgrade().is_some_and(|sink| sink.cancel_flag().load(Ordering::SeqCst));
+            match cancelled.then(|| shared.pool.leave(waiter)).flatten() {
+                Some(grant) => grant(Err(Error::Cancelled)),
+                None => shared.wake(),
+            }
+        }));
         // The decoder keeps the deadlines and parks paused jobs for those who wait.
         self.shared.wake();
-        waiter
     }
 
     /// The actor of a sequence; its thread starts with its first command and lives as long as the context.
@@ -145,7 +155,7 @@ impl Drop for Sequences {
     }
 }
 
-fn lease(sequences: &Weak<Sequences>, slot: Slot) -> Result<Lease> {
+fn lease(sequences: &Weak<Sequences>, slot: Slot, chat: Chat) -> Result<Lease> {
     let sequences = sequences.upgrade().ok_or_else(|| closed("context"))?;
     let inbox = match sequences.inbox(slot) {
         Ok(inbox) => inbox,
@@ -155,14 +165,21 @@ fn lease(sequences: &Weak<Sequences>, slot: Slot) -> Result<Lease> {
         }
     };
     let before = sequences.shared.usage(slot).snapshot();
-    let hold = Hold::new(slot, &sequences.shared);
+    let hold = Hold::new(slot, chat, &sequences.shared);
     Ok(Lease { slot, before, inbox, hold, running: Arc::default(), sequences })
+}
+
+/// Who works with a sequence.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Owner {
+    pub holder: Holder,
+    pub chat: Chat,
 }
 
 /// The hold on a sequence: it ends when the holder has closed it and nothing asked of it is left to do.
 pub(super) struct Hold {
     slot: Slot,
-    id: Holder,
+    owner: Owner,
     shared: Arc<Shared>,
     state: Mutex<HoldState>,
 }
@@ -174,12 +191,13 @@ struct HoldState {
 }
 
 impl Hold {
-    fn new(slot: Slot, shared: &Arc<Shared>) -> Arc<Self> {
-        Arc::new(Self { slot, id: shared.hold(slot), shared: Arc::clone(shared), state: Mutex::default() })
+    fn new(slot: Slot, chat: Chat, shared: &Arc<Shared>) -> Arc<Self> {
+        let owner = Owner { holder: shared.hold(slot), chat };
+        Arc::new(Self { slot, owner, shared: Arc::clone(shared), state: Mutex::default() })
     }
 
-    pub fn id(&self) -> Holder {
-        self.id
+    pub fn owner(&self) -> Owner {
+        self.owner
     }
 
     pub fn is_closed(&self) -> bool {
@@ -297,7 +315,7 @@ impl Lease {
     }
 
     pub(super) fn holder(&self) -> Holder {
-        self.hold.id()
+        self.hold.owner().holder
     }
 
     /// Continues the prompt, after what was asked of the sequence before. The result can leave that queue.
@@ -342,7 +360,7 @@ impl Lease {
             (Err(error), _) => done(Err(error)),
         };
         if wait {
-            return Some(self.sequences.acquire(Box::new(copy)));
+            return Some(self.sequences.acquire(0, Box::new(copy)));
         }
         match self.sequences.try_acquire() {
             Ok(Some(lease)) => copy(Ok(lease)),
@@ -365,9 +383,9 @@ impl Lease {
         self.send(Command::Clear { done });
     }
 
-    /// Writes tokens and state to a file.
-    pub fn save(&self, path: PathBuf, done: Done<()>) {
-        self.send(Command::Save { path, done });
+    /// Writes tokens and state to a file, with a note beside them.
+    pub fn save(&self, path: PathBuf, note: Vec<u8>, done: Done<()>) {
+        self.send(Command::Save { path, note, done });
     }
 
     /// Reads tokens and state from a file.

@@ -4,6 +4,7 @@ mod actor;
 mod generation;
 mod lease;
 pub mod logits;
+pub mod note;
 mod reasoning;
 pub mod sampler;
 mod state;
@@ -18,7 +19,7 @@ pub use reasoning::Reasoning;
 pub use state::Fingerprint;
 pub use text::segments::Mark;
 
-use crate::context::job::{End, Flow, Overflow};
+use crate::context::job::{Chat, Dropped, End, Flow, Overflow};
 use crate::error::{Error, Result};
 use crate::llama::Token;
 use sampler::SamplerSpec;
@@ -65,6 +66,19 @@ pub struct Request {
     pub deadline: Option<std::time::Instant>,
     /// What to do with a prompt that is too long, and when the context is full. `None`: refuse, and stop.
     pub overflow: Option<Overflow>,
+    /// The chat it is a turn of.
+    pub chat: Option<Turn>,
+}
+
+/// What a prediction has to do with a chat.
+#[derive(Clone, Debug)]
+pub struct Turn {
+    /// The chat.
+    pub chat: Chat,
+    /// Tokens at the front that never go when the context is full.
+    pub n_keep: usize,
+    /// What the chat's window has lost since its last turn.
+    pub dropped: Option<Dropped>,
 }
 
 /// How a prediction ended.
@@ -88,11 +102,16 @@ pub trait Sink: Flow {
     /// The sequence was given up while paused. To be called once: with nothing to get a sequence again and go on, or
     /// with an end.
     fn parked(&self, resume: Resume);
+    /// Sets what makes the core look at the flags; called at once if one is set already.
+    fn on_nudge(&self, nudge: Nudge);
     /// The sequence or its context was closed: end with `Closed`.
     fn close(&self);
     /// As `Flow`, which a job needs.
     fn as_flow(self: Arc<Self>) -> Arc<dyn Flow>;
 }
+
+/// What happens to the core when readers change their minds.
+pub type Nudge = Arc<dyn Fn() + Send + Sync>;
 
 /// How a parked prediction goes on or ends.
 pub type Resume = Box<dyn FnOnce(Option<End>) + Send>;

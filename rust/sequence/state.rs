@@ -1,10 +1,10 @@
 //! A sequence's state in a file: tokens, the bytes of its cells, and what they belong to.
 //!
 //! ```text
-//! "LLAMACTOR-STATE\n"  version u32  fingerprint u128  layout hash u64  n_tokens u64  n_exact u64  n_bytes u64
-//! tokens (i32 each)  state bytes  xxh3-128 of everything before
+//! "LLAMACTOR-STATE\n"  version u32  fingerprint u128  layout hash u64  n_tokens u64  n_exact u64  n_bytes u64  n_note u64
+//! tokens (i32 each)  state bytes  note bytes  xxh3-128 of everything before
 //! ```
-//! All little-endian. llama.cpp trusts the bytes it is given, so nothing reaches it that is not exactly what was
+//! All little-endian. The note is what a chat keeps beside its state; a file may have no state and only a note. llama.cpp trusts the bytes it is given, so nothing reaches it that is not exactly what was
 //! written by the same model with the same layout.
 
 use std::fs;
@@ -19,12 +19,15 @@ use crate::error::{Error, Result};
 use crate::llama::Token;
 
 const MAGIC: &[u8; 16] = b"LLAMACTOR-STATE\n";
-const VERSION: u32 = 1;
-const HEADER_BYTES: usize = 16 + 4 + 16 + 8 + 8 + 8 + 8;
+const VERSION: u32 = 2;
+const HEADER_BYTES: usize = 16 + 4 + 16 + 8 + 4 * 8;
 const CHECKSUM_BYTES: usize = 16;
 
 /// Tells the temporary files of this process apart.
 static SERIAL: AtomicU64 = AtomicU64::new(0);
+
+const OTHER_LAYOUT: &str =
+    "it was saved with another layout (kv_type_k, kv_type_v, swa_full, kv_unified, rope or yarn options)";
 
 /// What a state belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,8 +47,11 @@ impl Fingerprint {
 }
 
 /// Writes the file at once or not at all.
-pub fn write(path: &Path, fingerprint: Fingerprint, saved: &SavedState) -> Result<()> {
-    let bytes = encode(fingerprint, saved);
+///
+/// # Errors
+/// `Io` when it cannot be written, `Value` when the path names no file.
+pub fn write(path: &Path, fingerprint: Fingerprint, saved: &SavedState, note: &[u8]) -> Result<()> {
+    let bytes = encode(fingerprint, saved, note);
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().ok_or_else(|| Error::Value(format!("{} names no file", path.display())))?;
     let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
@@ -64,18 +70,19 @@ fn write_and_rename(temporary: &Path, path: &Path, bytes: &[u8]) -> std::io::Res
     fs::rename(temporary, path)
 }
 
-fn encode(fingerprint: Fingerprint, saved: &SavedState) -> Vec<u8> {
+fn encode(fingerprint: Fingerprint, saved: &SavedState, note: &[u8]) -> Vec<u8> {
     let SavedState { tokens, n_exact, bytes: state } = saved;
-    let mut bytes = Vec::with_capacity(HEADER_BYTES + tokens.len() * 4 + state.len() + CHECKSUM_BYTES);
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + tokens.len() * 4 + state.len() + note.len() + CHECKSUM_BYTES);
     bytes.extend_from_slice(MAGIC);
     bytes.extend_from_slice(&VERSION.to_le_bytes());
     bytes.extend_from_slice(&fingerprint.model.to_le_bytes());
     bytes.extend_from_slice(&fingerprint.layout.to_le_bytes());
-    for count in [tokens.len(), *n_exact, state.len()] {
+    for count in [tokens.len(), *n_exact, state.len(), note.len()] {
         bytes.extend_from_slice(&(count as u64).to_le_bytes());
     }
     bytes.extend(tokens.iter().flat_map(|token| token.to_le_bytes()));
     bytes.extend_from_slice(state);
+    bytes.extend_from_slice(note);
     let checksum = xxh3_128(&bytes);
     bytes.extend_from_slice(&checksum.to_le_bytes());
     bytes
@@ -86,9 +93,29 @@ fn encode(fingerprint: Fingerprint, saved: &SavedState) -> Vec<u8> {
 /// # Errors
 /// `StateMismatch` for another model, another layout, or a damaged file; `Io` when it cannot be read.
 pub fn read(path: &Path, expected: Fingerprint) -> Result<SavedState> {
+    let saved = decoded(path, expected.model, |content| {
+        if u64::from_le_bytes(array(content, 36)) != expected.layout {
+            return Err(OTHER_LAYOUT.into());
+        }
+        split(content)
+    })?;
+    Ok(saved.0)
+}
+
+/// Reads the note of a file that belongs to the model, and whether there is a state beside it.
+///
+/// # Errors
+/// As [`read`], but the layout does not matter.
+pub fn read_note(path: &Path, model: u128) -> Result<(Vec<u8>, bool)> {
+    let (saved, note) = decoded(path, model, split)?;
+    Ok((note, !saved.tokens.is_empty()))
+}
+
+fn decoded<T>(path: &Path, model: u128, take: impl FnOnce(&[u8]) -> Result<T, String>) -> Result<T> {
     let bytes = read_regular(path)
         .map_err(|source| Error::Io { context: format!("cannot read the state {}", path.display()), source })?;
-    decode(&bytes, expected).map_err(|reason| Error::StateMismatch(format!("{}: {reason}", path.display())))
+    let outcome = checked(&bytes, model).and_then(take);
+    outcome.map_err(|reason| Error::StateMismatch(format!("{}: {reason}", path.display())))
 }
 
 /// A FIFO would block for ever and a device never end.
@@ -99,7 +126,8 @@ fn read_regular(path: &Path) -> std::io::Result<Vec<u8>> {
     fs::read(path)
 }
 
-fn decode(bytes: &[u8], expected: Fingerprint) -> Result<SavedState, String> {
+/// The content of a file that is whole and of this model.
+fn checked(bytes: &[u8], model: u128) -> Result<&[u8], String> {
     if bytes.len() < HEADER_BYTES + CHECKSUM_BYTES || &bytes[..16] != MAGIC {
         return Err("this is not a saved sequence state, or it was cut off".into());
     }
@@ -111,30 +139,31 @@ fn decode(bytes: &[u8], expected: Fingerprint) -> Result<SavedState, String> {
     if xxh3_128(content) != u128::from_le_bytes(array(checksum, 0)) {
         return Err("its checksum does not match: the file is truncated or was changed".into());
     }
-    let found =
-        Fingerprint { model: u128::from_le_bytes(array(content, 20)), layout: u64::from_le_bytes(array(content, 36)) };
-    if found.model != expected.model {
+    if u128::from_le_bytes(array(content, 20)) != model {
         return Err("it was saved by another model, quantisation or LoRA".into());
     }
-    if found.layout != expected.layout {
-        return Err(
-            "it was saved with another layout (kv_type_k, kv_type_v, swa_full, kv_unified, rope or yarn options)"
-                .into(),
-        );
-    }
-    split(content)
+    Ok(content)
 }
 
-fn split(content: &[u8]) -> Result<SavedState, String> {
-    let [n_tokens, n_exact, n_bytes] = [44, 52, 60].map(|start| u64::from_le_bytes(array(content, start)));
+/// State and note.
+fn split(content: &[u8]) -> Result<(SavedState, Vec<u8>), String> {
+    let [n_tokens, n_exact, n_bytes, n_note] = [44, 52, 60, 68].map(|start| u64::from_le_bytes(array(content, start)));
     let body = &content[HEADER_BYTES..];
-    let expected = n_tokens.checked_mul(4).and_then(|tokens| tokens.checked_add(n_bytes));
+    let expected = n_tokens
+        .checked_mul(4)
+        .and_then(|tokens| tokens.checked_add(n_bytes))
+        .and_then(|state| state.checked_add(n_note));
     if expected != Some(body.len() as u64) {
-        return Err(format!("it announces {n_tokens} tokens and {n_bytes} bytes of state but holds {}", body.len()));
+        return Err(format!(
+            "it announces {n_tokens} tokens, {n_bytes} bytes of state and {n_note} of a note but holds {}",
+            body.len()
+        ));
     }
-    let (tokens, state) = body.split_at(n_tokens as usize * 4);
+    let (tokens, rest) = body.split_at(n_tokens as usize * 4);
+    let (state, note) = rest.split_at(n_bytes as usize);
     let tokens = tokens.chunks_exact(4).map(|bytes| Token::from_le_bytes(array(bytes, 0))).collect();
-    Ok(SavedState { tokens, n_exact: n_exact.min(n_tokens) as usize, bytes: state.to_vec() })
+    let saved = SavedState { tokens, n_exact: n_exact.min(n_tokens) as usize, bytes: state.to_vec() };
+    Ok((saved, note.to_vec()))
 }
 
 /// `N` bytes at `start`, which the caller knows to be there.
@@ -148,38 +177,48 @@ fn array<const N: usize>(bytes: &[u8], start: usize) -> [u8; N] {
 mod tests {
     use super::*;
 
-    const HERE: Fingerprint = Fingerprint { model: 7, layout: 9 };
+    const MODEL: u128 = 7;
+    const HERE: Fingerprint = Fingerprint { model: MODEL, layout: 9 };
 
     fn saved(tokens: &[Token], bytes: &[u8]) -> SavedState {
         SavedState { tokens: tokens.to_vec(), n_exact: tokens.len() / 2, bytes: bytes.to_vec() }
     }
 
+    fn decode(bytes: &[u8]) -> Result<(SavedState, Vec<u8>), String> {
+        checked(bytes, MODEL).and_then(split)
+    }
+
     #[test]
-    fn a_state_comes_back_as_it_was() {
-        let state = saved(&[1, -2, 3], b"state");
-        assert_eq!(decode(&encode(HERE, &state), HERE), Ok(state));
+    fn state_and_note_come_back_as_they_were() {
+        for (state, note) in [(saved(&[1, -2, 3], b"state"), b"note".as_slice()), (saved(&[], b""), b"")] {
+            assert_eq!(decode(&encode(HERE, &state, note)), Ok((state, note.to_vec())));
+        }
     }
 
     #[test]
     fn every_changed_byte_is_noticed() {
-        let bytes = encode(HERE, &saved(&[1, 2], b"state"));
+        let bytes = encode(HERE, &saved(&[1, 2], b"state"), b"note");
         for index in 0..bytes.len() {
             let mut damaged = bytes.clone();
             damaged[index] ^= 1;
-            assert!(decode(&damaged, HERE).is_err(), "byte {index}");
+            assert!(decode(&damaged).is_err(), "byte {index}");
         }
     }
 
     #[test]
     fn every_truncation_is_noticed() {
-        let bytes = encode(HERE, &saved(&[1, 2], b"state"));
-        assert!((0..bytes.len()).all(|length| decode(&bytes[..length], HERE).is_err()));
+        let bytes = encode(HERE, &saved(&[1, 2], b"state"), b"note");
+        assert!((0..bytes.len()).all(|length| decode(&bytes[..length]).is_err()));
     }
 
     #[test]
     fn another_model_or_layout_is_refused() {
-        let bytes = encode(HERE, &saved(&[1], b""));
-        assert!(decode(&bytes, Fingerprint { model: 8, ..HERE }).unwrap_err().contains("another model"));
-        assert!(decode(&bytes, Fingerprint { layout: 8, ..HERE }).unwrap_err().contains("another layout"));
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("state");
+        write(&path, HERE, &saved(&[1], b""), b"note").expect("it is written");
+        let refused = |expected| read(&path, expected).expect_err("it is refused").to_string();
+        assert!(refused(Fingerprint { model: 8, ..HERE }).contains("another model"));
+        assert!(refused(Fingerprint { layout: 8, ..HERE }).contains("another layout"));
+        assert_eq!(read_note(&path, MODEL).ok(), Some((b"note".to_vec(), true)));
     }
 }

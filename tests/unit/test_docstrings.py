@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 PACKAGE = Path(llamactor.__file__).parent
-NOT_PUBLIC = {"_core.pyi", "_checks.py", "_hub.py", "__main__.py"}
+NOT_PUBLIC = {"_core.pyi", "_checks.py", "_home.py", "_hub.py", "__main__.py"}
 OPERATIONS = ("Coroutine", "Loading", "Opening", "Prediction", "PredictionIterator")
 """What a function returns that is to be awaited or iterated."""
 
@@ -45,8 +45,8 @@ def members(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Function |
 
 MODULES = {
     path.stem: ast.parse(path.read_text(encoding="utf-8"))
-    for path in sorted(PACKAGE.glob("*.py"))
-    if path.name not in NOT_PUBLIC
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name not in NOT_PUBLIC and path.parent.name != "cli"
 }
 PUBLIC = dict(item for stem, tree in MODULES.items() for item in members(tree.body, stem))
 FUNCTIONS = {name: node for name, node in PUBLIC.items() if not isinstance(node, ast.ClassDef)}

@@ -22,7 +22,7 @@ RUST = ROOT / "rust"
 PYTHON = ROOT / "python" / "llamactor"
 
 # Which rooms of the crate a room may name: only what stands before it in the flow of the data.
-FLOW = ("error", "llama", "model", "context", "sequence", "prediction", "python")
+FLOW = ("error", "llama", "model", "chat", "context", "sequence", "prediction", "python")
 RUST_ROOMS = {room: set(FLOW[: index + 1]) for index, room in enumerate(FLOW)}
 
 # Which modules of the package a module may import when it runs; names only for types are free.
@@ -30,21 +30,27 @@ PYTHON_MODULES = {
     "_core": set[str](),
     "errors": set[str](),
     "_checks": set[str](),
+    "_home": set[str](),
     "_opening": set[str](),
     "options": {"_checks"},
     "_hub": {"_core", "errors"},
     "prediction": {"_hub", "errors", "options"},
     "sequence": {"_checks", "_hub", "errors", "options", "prediction"},
-    "context": {"_checks", "_hub", "_opening", "sequence"},
-    "model": {"_checks", "_hub", "_opening", "context", "errors", "options", "prediction"},
+    "context": {"_checks", "_home", "_hub", "_opening", "sequence"},
+    "chat": {"_checks", "_hub", "errors", "options", "prediction"},
+    "model": {
+        *("_checks", "_home", "_hub", "_opening", "chat"),
+        *("context", "errors", "options", "prediction"),
+    },
     "system": {"_checks", "_core"},
     "loading": {"_checks", "_core", "_hub", "errors", "model", "options", "prediction"},
+    "cli": {"chat", "errors", "loading", "options", "prediction"},
 }
 
 TOP_LEVEL = {
     *("Cargo.toml", "Cargo.lock", "pyproject.toml", "Makefile", "LICENSE"),
     *("README.md", "ARCHITECTURE.md"),
-    *("rust", "python", "tests", "benches"),
+    *("docs", "rust", "python", "tests", "benches"),
     *(".cargo", ".ci", ".editorconfig", ".gitignore", "rustfmt.toml"),
 }
 

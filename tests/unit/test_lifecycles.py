@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import gc
-import os
 import random
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvloop
@@ -23,6 +21,7 @@ import uvloop
 import llamactor
 from llamactor import BusyError, ClosedError, LoadCancelledError, Prediction, Sequence
 from tests.conftest import PATIENCE
+from tests.usage import Usage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -265,8 +264,12 @@ class Life:
             pass
 
     async def cancel_elsewhere(self, prediction: Prediction) -> None:
-        await self.turns()
-        await asyncio.to_thread(prediction.cancel)
+        try:
+            await self.turns()
+            await asyncio.to_thread(prediction.cancel)
+        except asyncio.CancelledError:
+            prediction.cancel()  # else it is dropped and nobody ever did anything with it
+            raise
 
     async def cancel_the_waiter(self, prediction: Prediction) -> None:
         waiter = asyncio.create_task(prediction.result())
@@ -485,41 +488,3 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE):
         while not condition():  # noqa: ASYNC110 -- nothing announces it
             await asyncio.sleep(0.001)
-
-
-MALLINFO = (
-    *("arena", "ordblks", "smblks", "hblks", "mapped"),
-    *("usmblks", "fsmblks", "in_use", "fordblks", "keepcost"),
-)
-
-
-class Mallinfo(ctypes.Structure):
-    """The C library's `struct mallinfo2`."""
-
-    _fields_ = tuple((name, ctypes.c_size_t) for name in MALLINFO)
-
-
-class Usage(NamedTuple):
-    """What this process has."""
-
-    threads: int
-    descriptors: int
-    allocated: int
-    """Bytes that the C library's allocator has handed out: exact, but without Python's objects."""
-    resident: int
-    """Bytes in memory: everything, but freed blocks that cannot be given back count too."""
-
-    @classmethod
-    def now(cls) -> Usage:
-        gc.collect()
-        library = ctypes.CDLL(None)
-        library.malloc_trim(0)
-        library.mallinfo2.restype = Mallinfo
-        heap = library.mallinfo2()
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return cls(
-            threads=len(os.listdir("/proc/self/task")),  # noqa: PTH208 -- counts, no paths wanted
-            descriptors=len(os.listdir("/proc/self/fd")),  # noqa: PTH208
-            allocated=heap.in_use + heap.mapped,
-            resident=pages * os.sysconf("SC_PAGE_SIZE"),
-        )

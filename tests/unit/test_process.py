@@ -74,6 +74,7 @@ def test_eight_running_predictions_do_not_hold_up_the_end(
 ) -> None:
     script = f"""
 import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits SIG_IGN
 {EIGHT}
 async def exits():
     sys.exit(5)

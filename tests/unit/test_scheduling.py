@@ -607,6 +607,24 @@ async def test_a_parked_prediction_can_be_cancelled_dropped_and_closed(
         assert len(failure.value.partial.tokens) > 16
 
 
+async def test_a_parked_prediction_that_waits_for_a_sequence_again_can_be_cancelled(
+    tiny_model_path: Path, gate: Gate
+) -> None:
+    async with llamactor.load_model(
+        tiny_model_path, context_size=1024, sequences=1, threads=1
+    ) as model:
+        parked, (_, reader) = await lagging(model, prompt(40))
+        working = model.complete(prompt(10, 1), max_tokens=9, logits_processor=gate)
+        await soon(gate.reached())
+        await soon(anext(reader))  # it has caught up, and the only sequence is at work
+        parked.cancel()
+        result = await soon(parked)
+        assert result.stop_reason == "cancelled"
+        assert not working.done
+        gate.open()
+        assert len((await soon(working)).tokens) == 9
+
+
 async def test_many_lagging_readers_share_one_sequence(tiny_model_path: Path) -> None:
     async with llamactor.load_model(
         tiny_model_path, context_size=1024, sequences=2, threads=1

@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use super::super::cache::{Reuse, Slot};
 use super::super::job::{End, Goal, Job, Reply};
+use super::super::parking::Source;
+use super::memory::Prefix;
 use super::{Decoder, PARK_AFTER, Private, Running, SHIFT_PARTS, State, is_cancelled, overflow};
 use crate::error::{Error, Result};
 use crate::llama::{Context, ContextParams};
@@ -17,6 +19,7 @@ impl Decoder {
             state: State::Waiting,
             n_prompt: job.tokens.len(),
             n_cached: 0,
+            source: Source::Cells,
             order: self.clock,
             was_admitted: false,
             scores: Vec::new(),
@@ -127,11 +130,12 @@ impl Decoder {
             }
             return true;
         }
+        self.drop_from_window(slot);
         let others = self.slots(Running::is_growing).count();
         loop {
-            let reuse = self.plan_reuse(slot);
-            if self.has_room(slot, reuse) || (others == 0 && self.evictable(slot).next().is_none()) {
-                self.apply_reuse(slot, reuse);
+            let prefix = self.plan_prefix(slot);
+            if self.has_room(slot, &prefix) || (others == 0 && self.evictable(slot).next().is_none()) {
+                self.apply_prefix(slot, prefix);
                 self.admit_now(slot);
                 return true;
             }
@@ -142,14 +146,15 @@ impl Decoder {
         }
     }
 
-    /// Whether the tokens that `reuse` leaves to evaluate fit, beside what others have reserved.
-    pub(super) fn has_room(&self, slot: Slot, reuse: Reuse) -> bool {
+    /// Whether the tokens that `prefix` leaves to evaluate fit, beside what others have reserved.
+    pub(super) fn has_room(&self, slot: Slot, prefix: &Prefix) -> bool {
         let Some(running) = self.sequences[slot as usize].running.as_ref() else { return true };
-        let missing = running.job.tokens.len() - reuse.n_cached();
-        // Its own cells beyond what it keeps become free.
-        let kept = match reuse {
-            Reuse::Own(n) | Reuse::Checkpoint(n) => n,
-            Reuse::Share { .. } => 0,
+        let n_tokens = running.job.tokens.len();
+        // Its own cells beyond what it keeps become free. A parked state comes back whole before it is cut.
+        let (kept, missing) = match prefix {
+            Prefix::Cells(Reuse::Own(n) | Reuse::Checkpoint(n)) => (*n, n_tokens - n),
+            Prefix::Cells(Reuse::Share { n, .. }) => (0, n_tokens - n),
+            Prefix::Parked(found) => (0, n_tokens.max(found.state.tokens.len())),
         };
         let returned = self.cells.n_private_from(slot, kept);
         self.cells.n_free() + returned >= missing + self.reserved_by_others(slot) + self.headroom(slot)
@@ -177,7 +182,7 @@ impl Decoder {
             private.slot = Some(slot);
             private.n_evaluated = 0;
         }
-        self.take_over(slot);
+        self.take_over(slot, false);
         self.truncate(slot, 0);
         self.admit_now(slot);
         Ok(())
@@ -212,7 +217,7 @@ impl Decoder {
         let first = !std::mem::replace(&mut running.was_admitted, true);
         if first {
             running.n_cached = n_cached.min(running.n_prompt);
-            running.job.flow.admitted(running.n_cached, running.n_prompt);
+            running.job.flow.admitted(running.n_cached, running.n_prompt, running.source);
             self.shared.stats.cached_tokens(n_cached as u64);
             self.shared.usage(slot).cached.fetch_add(n_cached as u64, Ordering::Relaxed);
         }

@@ -2,16 +2,29 @@
 
 use std::sync::mpsc::Sender;
 
-use super::super::cache::{Reuse, Slot, merged_ranges, plan_reuse};
-use super::super::job::{End, Goal, Holder, MemoryOp, MemoryReply, SavedState};
+use super::super::cache::{Reuse, Slot, common_prefix, merged_ranges, plan_reuse};
+use super::super::job::{Chat, End, Goal, Holder, MemoryOp, MemoryReply, SavedState};
+use super::super::parking::Found;
 use super::{CHECKPOINTS, Checkpoint, Decoder, State, overflow};
 use crate::error::{Error, Result};
 
+/// Tokens that a parked state must spare beyond what the cells have: putting it back costs about as much as
+/// evaluating so many.
+const WORTH_PUTTING_BACK: usize = 16;
+
+/// What a job begins with.
+pub(super) enum Prefix {
+    /// In cells.
+    Cells(Reuse),
+    /// In a parked state.
+    Parked(Found),
+}
+
 impl Decoder {
     /// The longest usable prefix of the job's tokens, wherever it is.
-    pub(super) fn plan_reuse(&self, slot: Slot) -> Reuse {
+    pub(super) fn plan_prefix(&self, slot: Slot) -> Prefix {
         let sequence = &self.sequences[slot as usize];
-        let Some(running) = sequence.running.as_ref() else { return Reuse::Own(0) };
+        let Some(running) = sequence.running.as_ref() else { return Prefix::Cells(Reuse::Own(0)) };
         let wanted = &running.job.tokens;
         let limit = match running.job.goal {
             _ if running.job.alone => 0,
@@ -20,29 +33,95 @@ impl Decoder {
             Goal::Generate(_) => wanted.len() - 1,
             Goal::Score(from) => from.saturating_sub(1),
         };
+        let wanted = &wanted[..limit.min(wanted.len())];
         let lengths: Vec<usize> = sequence.checkpoints.iter().map(|checkpoint| checkpoint.length).collect();
-        let same_holder = sequence.holder == running.job.holder;
-        plan_reuse(&self.cells, slot, &wanted[..limit.min(wanted.len())], same_holder, self.can, &lengths)
+        let chat = running.job.chat;
+        let same_holder = sequence.holder == running.job.holder || (chat != 0 && chat == sequence.chat);
+        let reuse = plan_reuse(&self.cells, slot, wanted, same_holder, self.can, &lengths);
+        let enough = reuse.n_cached() + WORTH_PUTTING_BACK;
+        match self.shared.parking.find(chat, wanted, self.can.remove_tail, enough) {
+            Some(found) => Prefix::Parked(found),
+            None => Prefix::Cells(reuse),
+        }
     }
 
     /// Makes that prefix the content of the job's sequence.
-    pub(super) fn apply_reuse(&mut self, slot: Slot, reuse: Reuse) {
-        self.take_over(slot);
-        match reuse {
-            Reuse::Own(n) => self.truncate(slot, n),
-            Reuse::Share { from, n } => self.share(from, slot, n),
-            Reuse::Checkpoint(length) => self.roll_back(slot, length),
+    pub(super) fn apply_prefix(&mut self, slot: Slot, prefix: Prefix) {
+        let keeps_all = matches!(prefix, Prefix::Cells(Reuse::Own(n)) if n == self.cells.len(slot));
+        self.take_over(slot, keeps_all);
+        match prefix {
+            Prefix::Cells(Reuse::Own(n)) => self.truncate(slot, n),
+            Prefix::Cells(Reuse::Share { from, n }) => self.share(from, slot, n),
+            Prefix::Cells(Reuse::Checkpoint(length)) => self.roll_back(slot, length),
+            Prefix::Parked(found) => self.put_back(slot, &found),
         }
     }
 
-    /// The cells are the job's from now on.
-    pub(super) fn take_over(&mut self, slot: Slot) {
+    /// The cells are the job's from now on; what another chat left in them is parked unless all of it stays.
+    pub(super) fn take_over(&mut self, slot: Slot, keeps_all: bool) {
+        let Some(running) = &self.sequences[slot as usize].running else { return };
+        let (holder, chat) = (running.job.holder, running.job.chat);
+        if !keeps_all {
+            self.park(slot, chat);
+        }
         let sequence = &mut self.sequences[slot as usize];
-        if let Some(running) = &sequence.running {
-            sequence.holder = running.job.holder;
-            sequence.lost.clear();
+        (sequence.holder, sequence.chat) = (holder, chat);
+        sequence.lost.clear();
+    }
+
+    // ---- parking ------------------------------------------------------------------------------------------------
+
+    /// Parks what a chat left in a sequence that `chat` needs now.
+    fn park(&mut self, slot: Slot, chat: Chat) {
+        let owner = self.sequences[slot as usize].chat;
+        let worth = self.can.restore && self.shared.parking.wants(self.cells.len(slot));
+        if owner == 0 || owner == chat {
+            return;
+        }
+        self.sequences[slot as usize].chat = 0;
+        if worth && let Ok(state) = self.saved(slot) {
+            self.shared.parking.park(owner, state);
+            self.shared.stats.parked_states(1);
         }
     }
+
+    /// Fills the job's sequence from a parked state.
+    fn put_back(&mut self, slot: Slot, found: &Found) {
+        self.truncate(slot, 0);
+        if !self.put(slot, &found.state) {
+            return self.shared.parking.discard(&found.state);
+        }
+        self.truncate(slot, found.n);
+        self.changed = true;
+        self.shared.stats.restored_tokens(found.n as u64);
+        self.shared.parking.forget(self.sequences[slot as usize].chat);
+        if let Some(running) = self.running(slot) {
+            running.source = found.source;
+        }
+    }
+
+    /// A chat is over.
+    pub(super) fn forget(&mut self, chat: Chat) {
+        for sequence in self.sequences.iter_mut().filter(|sequence| sequence.chat == chat) {
+            sequence.chat = 0;
+        }
+    }
+
+    /// Moves a chat's cells down over what its window has dropped, where they are still here and can be moved.
+    pub(super) fn drop_from_window(&mut self, slot: Slot) {
+        let Some(running) = self.running(slot) else { return };
+        let (chat, Some(dropped)) = (running.job.chat, running.job.dropped.take()) else { return };
+        let last = dropped.ranges.iter().map(|range| range.1).max().unwrap_or(0);
+        let is_here = chat != 0
+            && self.sequences[slot as usize].chat == chat
+            && common_prefix(self.cells.tokens(slot), &dropped.before) >= last;
+        if is_here && self.can.shift {
+            self.erase(slot, &dropped.ranges);
+            self.shared.stats.shifted_tokens(dropped.ranges.iter().map(|(start, end)| (end - start) as u64).sum());
+        }
+    }
+
+    // ---- reuse --------------------------------------------------------------------------------------------------
 
     /// Keeps the first `n` tokens, or none where the memory cannot remove a tail.
     pub(super) fn truncate(&mut self, slot: Slot, n: usize) {
@@ -126,6 +205,7 @@ impl Decoder {
 
     /// Takes a sequence's cells; it goes on to stand for their tokens.
     pub(super) fn lose(&mut self, slot: Slot) {
+        self.park(slot, 0);
         self.sequences[slot as usize].lost = self.cells.tokens(slot).to_vec();
         self.truncate(slot, 0);
     }
@@ -158,20 +238,26 @@ impl Decoder {
     pub(super) fn change_memory(
         &mut self,
         slot: Slot,
-        holder: Holder,
+        owner: (Holder, Chat),
         op: MemoryOp,
         reply: &Sender<Result<MemoryReply>>,
     ) {
-        let outcome = self.changed_memory(slot, holder, op);
+        let outcome = self.changed_memory(slot, owner, op);
         self.changed = true;
         self.publish();
         let _ = reply.send(outcome);
     }
 
-    pub(super) fn changed_memory(&mut self, slot: Slot, holder: Holder, op: MemoryOp) -> Result<MemoryReply> {
-        let sequence = &mut self.sequences[slot as usize];
-        if sequence.holder != holder {
-            sequence.holder = holder;
+    pub(super) fn changed_memory(
+        &mut self,
+        slot: Slot,
+        (holder, chat): (Holder, Chat),
+        op: MemoryOp,
+    ) -> Result<MemoryReply> {
+        if self.sequences[slot as usize].holder != holder {
+            self.park(slot, chat);
+            let sequence = &mut self.sequences[slot as usize];
+            (sequence.holder, sequence.chat) = (holder, chat);
             sequence.lost.clear();
             self.truncate(slot, 0);
         }
@@ -190,6 +276,7 @@ impl Decoder {
             }
             MemoryOp::Erase(ranges) => Ok(self.erase(slot, &ranges)),
             MemoryOp::CopyTo(to, holder) => {
+                self.park(to, 0);
                 self.sequences[to as usize].holder = holder;
                 self.sequences[to as usize].lost.clear();
                 Ok(self.copy_to(slot, to))

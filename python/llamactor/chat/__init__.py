@@ -1,0 +1,31 @@
+"""Chat sessions: messages, templates, context shifts, and the session that owns them."""
+
+from __future__ import annotations
+
+from llamactor.chat.messages import (
+    AssistantMessage,
+    Message,
+    SystemMessage,
+    ToolCall,
+    ToolMessage,
+    UserMessage,
+    dump_history,
+    load_history,
+    to_messages,
+)
+from llamactor.chat.session import ChatSession
+from llamactor.chat.turn import ChatUsage
+
+__all__ = (
+    "AssistantMessage",
+    "ChatSession",
+    "ChatUsage",
+    "Message",
+    "SystemMessage",
+    "ToolCall",
+    "ToolMessage",
+    "UserMessage",
+    "dump_history",
+    "load_history",
+    "to_messages",
+)

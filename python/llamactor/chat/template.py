@@ -1,0 +1,179 @@
+"""From messages to a prompt, by the model's chat template.
+
+The core renders and tokenises on a thread of its own (``rust/chat/``); here messages become what
+templates of Hugging Face's kind expect, and the answer becomes a `RenderedChat`. What messages say
+never becomes a control token, whatever it spells.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from llamactor import _checks as check
+from llamactor._hub import finish, hub_for, running_loop
+from llamactor.chat.messages import AssistantMessage, SystemMessage, ToolMessage
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from llamactor import _core
+    from llamactor.chat.messages import Message, ToolCall
+
+
+class ReasoningTags(msgspec.Struct, frozen=True):
+    """What encloses the thoughts of an answer."""
+
+    start: str
+    """What opens them."""
+    end: str
+    """What ends them."""
+    opened: bool
+    """Whether the prompt has opened them already."""
+
+
+class RenderedChat(msgspec.Struct, frozen=True):
+    """A prompt made of messages."""
+
+    text: str
+    """The whole prompt."""
+    tokens: list[int]
+    """Its tokens."""
+    ends: list[int]
+    """For each message how many tokens the prompt has up to its end; never falling."""
+    reasoning: ReasoningTags | None
+    """The tags round the thoughts of an answer; None if the template knows none."""
+    stops: list[str]
+    """Strings that end an answer, besides the model's own tokens."""
+    neutralised: bool
+    """Whether control tokens that contents name were hidden from the template, which looks for
+    them, so that the text may differ from what it would make of them."""
+
+
+async def render_chat(
+    native_model: _core.Model,
+    template: str | None,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    add_generation_prompt: bool = True,
+    open_ended: bool = False,
+    kwargs: Mapping[str, Any] | None = None,
+) -> RenderedChat:
+    """Return the prompt that a template makes of messages.
+
+    Cancelling this keeps nothing.
+
+    Args:
+        native_model: The model whose vocabulary, and without `template` whose template, is used.
+        template: Text of a Jinja template, or None.
+        messages: The history; tokens that an `AssistantMessage` carries are kept where the
+            template shows its text unchanged or only trimmed.
+        tools: Definitions as JSON Schema, as OpenAI's interface has them.
+        add_generation_prompt: End with the header of an answer.
+        open_ended: End with the last message's content, nothing behind it.
+        kwargs: Further names for the template, such as ``enable_thinking``.
+
+    Raises:
+        ChatTemplateError: the template fails, refuses the messages, or leaves one out.
+        ClosedError: the model is closed.
+    """
+    hub = hub_for(running_loop("render_chat"))
+    request = msgspec.json.encode(
+        {
+            "template": template,
+            "messages": [_for_template(message) for message in messages],
+            "turns": [_turn(message) for message in messages],
+            "tools": tools,
+            "kwargs": kwargs or {},
+            "add_generation_prompt": add_generation_prompt and not open_ended,
+            "open_ended": open_ended,
+        }
+    )
+    rendered = await finish(hub, native_model.render_chat(hub.native, request))
+    return msgspec.json.decode(rendered, type=RenderedChat)
+
+
+def check_template_names(names: Mapping[str, Any]) -> dict[str, Any]:
+    """Return names for a template, or raise for one that means something else, or no JSON.
+
+    Raises:
+        TypeError: a name is taken, or a value is none that JSON can say.
+    """
+    taken = {"messages", "tools", "add_generation_prompt"} & set(names)
+    if taken:
+        raise TypeError(f"{min(taken)!r} cannot be given twice; it has an argument of its own")
+    try:
+        msgspec.json.encode(names)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"names for a chat template must be values of JSON: {error}") from None
+    return dict(names)
+
+
+def check_tool_definitions(tools: object) -> list[dict[str, Any]]:
+    """Return definitions of tools in the form that templates expect.
+
+    Args:
+        tools: Each a dict with "name", "description" and "parameters", alone or as "function".
+
+    Raises:
+        TypeError: one is no dict, or has no name.
+    """
+    return [_definition(i, tool) for i, tool in enumerate(check.check_items("tools", tools))]
+
+
+def _definition(index: int, tool: object) -> dict[str, Any]:
+    if not isinstance(tool, dict):
+        raise TypeError(f"tools[{index}] must be a dict, not {check.describe(tool)}")
+    function = tool.get("function", tool)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise TypeError(f'tools[{index}] needs a "name", a str')
+    if "function" in tool:
+        return {"type": "function", **tool}
+    return {"type": "function", "function": {key: tool[key] for key in tool if key != "type"}}
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """The message as Hugging Face's templates expect it."""
+    match message:
+        case AssistantMessage():
+            return _assistant(message)
+        case ToolMessage():
+            return _tool(message)
+        case SystemMessage():
+            return {"role": "system", "content": message.content}
+        case _:
+            return {"role": "user", "content": message.content}
+
+
+def _assistant(message: AssistantMessage) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": "assistant", "content": message.content}
+    if message.reasoning is not None:
+        # Qwen, GLM and DeepSeek read the first, gpt-oss the second.
+        fields["reasoning_content"] = fields["thinking"] = message.reasoning
+    if message.tool_calls:
+        fields["tool_calls"] = [_call(call) for call in message.tool_calls]
+    return fields
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    fields: dict[str, Any] = {"type": "function", "function": function}
+    return fields if call.id is None else {**fields, "id": call.id}
+
+
+def _tool(message: ToolMessage) -> dict[str, Any]:
+    fields = {"role": "tool", "content": message.content}
+    if message.name is not None:
+        fields["name"] = message.name
+    if message.tool_call_id is not None:
+        fields["tool_call_id"] = message.tool_call_id
+    return fields
+
+
+def _turn(message: Message) -> dict[str, Any] | None:
+    """The tokens that a model has written, if it has."""
+    if not isinstance(message, AssistantMessage) or not message.tokens:
+        return None
+    return {"tokens": message.tokens, "content_start": message.content_start}

@@ -1,0 +1,399 @@
+"""One prediction of a chat: from the call, through its turn in the line, to what is recorded.
+
+Theory of operation. The prediction exists at once, but its prompt is known only when the turns
+before it have ended. So each turn has a task of its own, the driver: it waits its turn, chooses the
+window, renders it off the loop, starts the prediction and waits for its end. What the turn changes
+is computed beside the chat's state and put in place when the prediction has settled, before anybody
+who waits for it goes on; until then nothing has changed, so a failure has nothing to undo.
+
+The driver never holds the public handle: when that is dropped, the prediction is cancelled as
+everywhere, and the driver hears of it like anybody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import msgspec
+
+from llamactor.chat.history import History, leading_system
+from llamactor.chat.line import Line
+from llamactor.chat.messages import AssistantMessage, Message, UserMessage
+from llamactor.chat.shift import (
+    Chooser,
+    CustomStrategy,
+    ModelTexts,
+    Strategy,
+    common_prefix,
+    erased_ranges,
+    native_overflow,
+)
+from llamactor.chat.template import RenderedChat, render_chat
+from llamactor.errors import DeadlineExceededError
+from llamactor.options import GenerationOptions, native_options
+from llamactor.prediction import Deferred, Prediction, PredictionResult, defer_prediction
+
+if TYPE_CHECKING:
+    from llamactor import _core
+    from llamactor._home import Home
+    from llamactor.chat.completion import CompletionEngine
+
+OnMessage: TypeAlias = Callable[[Message], object]
+
+_driven: contextvars.ContextVar[ChatState | None] = contextvars.ContextVar("driven", default=None)
+"""The chat whose turn this code is a part of: a strategy of the user's own runs in the driver."""
+
+_UNTIL_THE_TEXT = (UserMessage("a"), UserMessage("b"))
+"""What two prompts have in common whose text differs from its first character on."""
+
+
+class ChatUsage(msgspec.Struct, frozen=True):
+    """What the predictions of a chat took so far, those that were not recorded among them."""
+
+    predictions: int = 0
+    """How many have ended."""
+    prompt_tokens: int = 0
+    """Tokens of their prompts."""
+    cached_tokens: int = 0
+    """Of those, tokens that were not evaluated again."""
+    predicted_tokens: int = 0
+    """Tokens generated."""
+
+    def plus(self, result: PredictionResult) -> ChatUsage:
+        """Return it with one more prediction."""
+        stats = result.stats
+        return ChatUsage(
+            self.predictions + 1,
+            self.prompt_tokens + stats.prompt_tokens,
+            self.cached_tokens + stats.cached_tokens,
+            self.predicted_tokens + stats.predicted_tokens,
+        )
+
+
+class ChatState:
+    """What changes in a chat; its turns share it."""
+
+    __slots__ = ("_history", "cells", "engines", "key", "line", "revision", "turns", "usage")
+
+    def __init__(self, history: History, key: int) -> None:
+        """Begin with a history; `key` is the chat's in the core, 0 for none."""
+        self._history = history
+        self.revision = 0
+        """How often the history was replaced."""
+        self.key = key
+        self.cells: list[int] = []
+        """The tokens that were last evaluated for it, prompt and answer."""
+        self.line = Line()
+        self.turns: set[Turn] = set()
+        self.engines: weakref.WeakSet[CompletionEngine] = weakref.WeakSet()
+        """Those whose suggestions go when the history changes."""
+        self.usage = ChatUsage()
+
+    @property
+    def history(self) -> History:
+        """What was said, and what of it the context holds."""
+        return self._history
+
+    @history.setter
+    def history(self, history: History) -> None:
+        """Replace it."""
+        self._history = history
+        self.revision += 1
+        for engine in list(self.engines):
+            engine.invalidate()
+
+
+class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a turn is to do."""
+
+    added: tuple[Message, ...]
+    """Messages that it adds before the answer."""
+    options: GenerationOptions
+    """How to generate."""
+    template: str | None
+    """Jinja text; None is the plain fallback."""
+    template_kwargs: Mapping[str, Any]
+    """Variables for the template."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Schemas of the tools that the template shows."""
+    strategy: Strategy | CustomStrategy | None
+    """What decides what goes when not all fits; None never drops anything."""
+    room: int | None = None
+    """Tokens that the window leaves for an answer; None is the default share."""
+    record: bool = False
+    """Whether prompt and answer enter the history."""
+    on_message: OnMessage | None = None
+    """Called with each message that does."""
+    open_ended: bool = False
+    """Go on with the last message instead of answering it."""
+    until_text: bool = False
+    """Stop before the text of the last message: whatever it is, so much will be the same."""
+    yields: bool = False
+    """Whether it gives way to whatever changes the history."""
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """A rendered window, the response prefix included."""
+
+    rendered: RenderedChat
+    """As the template has it."""
+    prefix: list[int]
+    """Tokens of the response prefix."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens."""
+        return self.rendered.tokens + self.prefix
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens up to and including each message."""
+        return self.rendered.ends
+
+
+class Turn:
+    """A prediction of a chat, and the task that drives it."""
+
+    def __init__(self, home: Home, state: ChatState, request: TurnRequest) -> None:
+        """Check what depends on the model; nothing runs yet."""
+        self._home = home
+        self._state = state
+        self._request = request
+        strategy = request.strategy
+        options = msgspec.structs.replace(
+            request.options,
+            overflow=None if strategy is None else native_overflow(strategy),
+            special=False,
+        )
+        self._native: dict[str, Any] = native_options(options, home.model)
+        self._prefix = _prefix_tokens(home.model, options.response_prefix)
+        self._begun = False
+        self._ended = asyncio.Event()
+        self._deadline: float | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._deferred: Deferred
+        self._pending = History()
+        self._tokens: list[int] = []
+
+    def launch(self, owner: object) -> Prediction:
+        """Take a place in the line and return the prediction; `owner` lives until it has ended."""
+        loop = asyncio.get_running_loop()
+        options, state = self._request.options, self._state
+        prediction, self._deferred = defer_prediction(
+            self._home.context, owner, options.max_pending, self._settled
+        )
+        if options.deadline is not None:
+            self._deadline = loop.time() + options.deadline
+        self._place = state.line.join()
+        state.turns.add(self)
+        task = loop.create_task(self._drive(), name="llamactor-chat")
+        if not task.done():
+            self._task = task
+        task.add_done_callback(self._gone)
+        return prediction
+
+    def give_way(self) -> None:
+        """Be cancelled if whatever changes the history goes first."""
+        if self._request.yields:
+            self._deferred.cancel()
+
+    def close(self, error: BaseException) -> asyncio.Event:
+        """Fail with `error`; return what is set when that is done."""
+        self._deferred.fail(error)
+        self._deferred.cancel()
+        return self._ended
+
+    # --- the driver -------------------------------------------------------------------------------
+
+    async def _drive(self) -> None:
+        _driven.set(self._state)
+        try:
+            async with asyncio.timeout_at(self._deadline) as limit:
+                await self._place.reached()
+                await self._begin()
+        except TimeoutError as error:
+            self._deferred.fail(_too_late(self._request.options) if limit.expired() else error)
+        except Exception as error:
+            self._deferred.fail(error)
+        await self._ended.wait()
+
+    def _gone(self, _: asyncio.Task[None]) -> None:
+        """Let the next one have its turn; also when the task was cancelled before it ran."""
+        self._task = None
+        self._deferred.cancel()
+        self._state.turns.discard(self)
+        self._place.leave()
+
+    async def _begin(self) -> None:
+        wanted = self._state.history.added(*self._request.added)
+        history, prompt, dropped = await self._choose(wanted)
+        tokens = prompt.rendered.tokens
+        if self._request.until_text:
+            tokens = await self._common(history.shown, tokens)
+        if not tokens:
+            self._deferred.cancel()
+            return
+        moved: list[tuple[int, int]] = []
+        if history.shown != wanted.shown:
+            moved = erased_ranges(self._state.cells, tokens)
+            self._note_shift(dropped or sum(end - start for start, end in moved), tokens)
+        self._pending = history
+        self._start(tokens, prompt.rendered, history.shown, moved)
+
+    async def _choose(self, history: History) -> tuple[History, Prompt, int]:
+        """The history with the window to show, its rendering, and how many tokens it has lost."""
+        request = self._request
+        if request.strategy is None:
+            return history, await self._render(history.shown), 0
+        chooser = Chooser(self._render, ModelTexts(self._home.model), self._home.context_size)
+        chosen = await chooser.choose(
+            request.strategy, history.messages, previous=history.window, answer=request.room
+        )
+        return history.shifted(chosen.window), chosen.rendered, chosen.dropped
+
+    async def _render(self, messages: tuple[Message, ...]) -> Prompt:
+        request = self._request
+        rendered = await render_chat(
+            self._home.model,
+            request.template,
+            messages,
+            tools=request.tools,
+            add_generation_prompt=not request.open_ended,
+            open_ended=request.open_ended,
+            kwargs=request.template_kwargs,
+        )
+        return Prompt(rendered, self._prefix)
+
+    async def _common(self, messages: tuple[Message, ...], tokens: list[int]) -> list[int]:
+        """What `tokens` have in common with a prompt that has another text at its end."""
+        other = await self._render((*messages[:-1], _UNTIL_THE_TEXT[1]))
+        return tokens[: common_prefix(tokens, other.tokens)]
+
+    def _note_shift(self, dropped: int, tokens: list[int]) -> None:
+        """Tell readers that the prompt has lost tokens."""
+        if dropped:
+            self._deferred.note_shift(common_prefix(self._state.cells, tokens), dropped)
+
+    def _start(
+        self,
+        tokens: list[int],
+        rendered: RenderedChat,
+        messages: tuple[Message, ...],
+        moved: list[tuple[int, int]],
+    ) -> None:
+        native, state = self._native, self._state
+        native["stop"] = [*native["stop"], *rendered.stops]
+        if self._deadline is not None:
+            left = self._deadline - asyncio.get_running_loop().time()
+            native["deadline"] = max(left, 0.001)  # the core says what it thinks of that
+        self._tokens = tokens
+        self._begun = self._deferred.start(
+            tokens,
+            native,
+            chat=state.key,
+            keep=_kept(messages, rendered.ends, native["overflow"]),
+            dropped=(state.cells, moved) if moved else None,
+        )
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def _settled(self, result: PredictionResult, error: BaseException | None) -> None:
+        """Take over what the turn has changed; on the loop, before anybody hears of the end."""
+        self._ended.set()
+        state = self._state
+        if not self._begun:
+            if self._task is not None:
+                self._task.cancel()
+            return
+        state.usage = state.usage.plus(result)
+        state.cells = self._tokens + self._prefix + result.tokens
+        if error is None and self._is_recorded(result):
+            self._record(result)
+
+    def _is_recorded(self, result: PredictionResult) -> bool:
+        """Whether it enters the history: a cancelled one only if anything was generated."""
+        produced = result.stop_reason != "cancelled" or bool(result.tokens)
+        return self._request.record and produced
+
+    def _record(self, result: PredictionResult) -> None:
+        answer = self._answer(result)
+        self._state.history = self._pending.added(answer)
+        for message in (*self._request.added, answer):
+            self._tell(message)
+
+    def _answer(self, result: PredictionResult) -> AssistantMessage:
+        tokens: list[int] | None = [*self._prefix, *result.tokens]
+        trims = result.stop_string is not None or self._request.options.trim_trailing_whitespace
+        if trims:
+            tokens = cut_tokens(self._home.model, self._prefix + result.tokens, result.content)
+        return AssistantMessage(result.content, tokens=None if tokens is None else tuple(tokens))
+
+    def _tell(self, message: Message) -> None:
+        """Call the user's function; what it raises is no failure of the turn."""
+        if self._request.on_message is None:
+            return
+        try:
+            self._request.on_message(message)
+        except Exception as error:
+            context = {"message": "on_message of a chat failed", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+
+
+def require_outside(state: ChatState) -> None:
+    """Raise `RuntimeError` for code that a turn of this chat waits for: it would wait for ever."""
+    if _driven.get() is state:
+        raise RuntimeError(
+            "a context shift strategy cannot use the session that waits for it; "
+            "model.respond works, and so does a session of its own"
+        )
+
+
+def cut_tokens(model: _core.Model, tokens: list[int], text: str) -> list[int] | None:
+    """Return the tokens of `text`, which is what is shown of `tokens`: a stop or white space went.
+
+    All of `tokens` stay that belong to `text` alone. None if they do not begin with it.
+    """
+
+    def shown(n: int) -> str:
+        return model.detokenize(tokens[:n], special=False)
+
+    n = len(tokens)
+    if not shown(n).startswith(text):
+        return None
+    while n and shown(n - 1).startswith(text):
+        n -= 1
+    if shown(n) == text:
+        return tokens[:n]
+    head = shown(n - 1)
+    if not text.startswith(head):
+        return None
+    return tokens[: n - 1] + model.tokenize_continuation(text[len(head) :], special=False)
+
+
+def respond(home: Home, request: TurnRequest, messages: tuple[Message, ...]) -> Prediction:
+    """Start the answer to `messages`, which leaves nothing behind but a cached prefix."""
+    return Turn(home, ChatState(History(messages), 0), request).launch(home.owner)
+
+
+def _prefix_tokens(model: _core.Model, prefix: str | None) -> list[int]:
+    return [] if prefix is None else model.tokenize_continuation(prefix, special=False)
+
+
+def _kept(messages: tuple[Message, ...], ends: list[int], overflow: str | None) -> int:
+    """Tokens at the front that stay when the context fills up: the system prompt at least."""
+    n = len(leading_system(messages))
+    if overflow == "truncate_middle":
+        turns = History(messages).turns
+        n = turns[1] if len(turns) > 1 else n
+    return ends[n - 1] if n else 0
+
+
+def _too_late(options: GenerationOptions) -> DeadlineExceededError:
+    return DeadlineExceededError(
+        f"the deadline of {options.deadline} s passed before the prediction could begin; "
+        "those made before it on this chat took that long"
+    )
