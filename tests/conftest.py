@@ -22,7 +22,7 @@ TIME_SCALE = float(os.environ.get("LLAMACTOR_TEST_TIME_SCALE", "1"))
 """Multiplies every limit of the tests; raise it on a slow machine."""
 
 TINYCHAT = Path(__file__).parent / "tinychat" / "tinychat-3m-Q8_0.gguf"
-"""A chat model of 3 MB that remembers names, answers in JSON and calls tools; see tests/tinychat/."""
+"""A chat model of 3 MB that remembers names and calls tools; see tests/tinychat/."""
 
 PATIENCE = 60.0 * TIME_SCALE
 """Seconds after which a test that waits for something has failed."""

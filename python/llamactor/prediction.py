@@ -39,11 +39,10 @@ StopReason: TypeAlias = Literal[
     "eos", "stop_string", "max_tokens", "context_full", "tool_calls", "cancelled"
 ]
 
-SegmentKind: TypeAlias = Literal["reasoning"]
-
 OnSettled: TypeAlias = "Callable[[PredictionResult, BaseException | None], object]"
 """Takes the outcome of a prediction."""
 
+SegmentKind: TypeAlias = Literal["reasoning"]
 
 READS_PER_TURN = 64
 """Pieces one iterator takes without suspending before it lets the loop run."""
@@ -216,10 +215,10 @@ class _State:
 
     __slots__ = (
         "error",
+        "failure",
         "hub",
         "ident",
         "loop",
-        "failure",
         "native",
         "on_settled",
         "owner",
@@ -407,7 +406,7 @@ class Prediction:
         done = state.native.done
         if done:
             _report_unretrieved(state)
-        # A chat wants to hear of the end. A closed loop hears nothing, and its hub must not keep it.
+        # A chat wants to hear of the end. A closed loop hears nothing: its hub must not keep it.
         if state.on_settled is None or state.loop.is_closed():
             state.hub.forget(state.ident)
         if done:
@@ -605,7 +604,7 @@ class Deferred:
             dropped: The tokens that the chat's window had before, and the ranges of them that have
                 gone since: what follows is moved where the memory can, instead of evaluated again.
         """
-        turn = {"chat": chat, "keep": keep, "dropped": dropped}
+        turn: dict[str, object] = {"chat": chat, "keep": keep, "dropped": dropped}
         return self._context.begin(self._state.native, prompt, options, turn)
 
     def note_shift(self, kept: int, dropped: int) -> None:

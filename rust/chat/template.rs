@@ -1,22 +1,27 @@
 //! Rendering of chat templates: Jinja with Hugging Face's settings, and with bounds on everything.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind, Value};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::methods;
 use super::spans::Alphabet;
 use crate::error::{Error, Result};
+use crate::llama::{Bounds, Unfinished, run_bounded};
 
 /// Instructions that a rendering may execute; long histories take some hundred thousand.
-const FUEL: u64 = 5_000_000;
+pub const FUEL: u64 = 5_000_000;
+
+/// Instructions for one short question; the longest known templates take some thousand.
+pub const TRIAL_FUEL: u64 = 200_000;
 
 /// Bytes that a rendering may write, what it captures included; a shaded text takes four per character.
 const MAX_OUTPUT: usize = 64 * 1024 * 1024;
@@ -24,11 +29,8 @@ const MAX_OUTPUT: usize = 64 * 1024 * 1024;
 /// Longest template. The longest known ones have some 30 KB.
 const MAX_SOURCE: usize = 1024 * 1024;
 
-/// Time for one rendering, after which its thread is left behind.
-const MAX_TIME: Duration = Duration::from_secs(10);
-
-/// Parser and interpreter recurse.
-const STACK_BYTES: usize = 64 * 1024 * 1024;
+/// Parser and interpreter recurse; the time is that of a machine at its limits.
+const BOUNDS: Bounds = Bounds { memory: 512 * 1024 * 1024, time: Duration::from_secs(20), stack: 64 * 1024 * 1024 };
 
 /// Precedes what a template says with `raise_exception`.
 const REFUSAL: &str = "\u{1}refused: ";
@@ -46,47 +48,95 @@ pub const FALLBACK: &str = "\
 /// What ends an answer to the fallback template.
 pub const FALLBACK_STOPS: [&str; 2] = ["\nUser:", "\nResult:"];
 
+/// Why a template gives no text.
+#[derive(Debug)]
+pub enum Failure {
+    /// It failed, refused the messages or went out of bounds.
+    Final(Error),
+    /// It uses what this renderer does not know, or knows otherwise.
+    Unsupported(Error),
+}
+
+impl Failure {
+    /// The error in either case.
+    #[must_use]
+    pub fn into_error(self) -> Error {
+        match self {
+            Self::Final(error) | Self::Unsupported(error) => error,
+        }
+    }
+}
+
+fn failure(reason: String) -> Failure {
+    Failure::Final(Error::ChatTemplate(reason))
+}
+
 /// Renders a template on a thread of its own, within bounds.
 ///
 /// # Errors
 /// `ChatTemplate` with the cause.
-pub fn render(source: &Arc<str>, context: &serde_json::Value, alphabet: &Arc<Alphabet>) -> Result<String> {
+pub fn render(
+    source: &Arc<str>,
+    context: &serde_json::Value,
+    alphabet: &Arc<Alphabet>,
+    fuel: u64,
+) -> Result<String, Failure> {
     if source.len() > MAX_SOURCE {
         let size = source.len();
-        return Err(Error::ChatTemplate(format!("the chat template has {size} bytes; at most {MAX_SOURCE} are read")));
+        return Err(failure(format!("the chat template has {size} bytes; at most {MAX_SOURCE} are read")));
     }
-    let (sender, receiver) = mpsc::sync_channel(1);
-    let (source, context, alphabet) = (Arc::clone(source), Value::from(Serde(context)), Arc::clone(alphabet));
-    std::thread::Builder::new()
-        .name("llamactor-template".into())
-        .stack_size(STACK_BYTES)
-        .spawn(move || sender.send(render_here(&source, context, &alphabet)))
-        .map_err(|source| Error::Io { context: "cannot start the thread llamactor-template".into(), source })?;
-    match receiver.recv_timeout(MAX_TIME) {
-        Ok(outcome) => outcome,
-        Err(mpsc::RecvTimeoutError::Timeout) => {
-            Err(Error::ChatTemplate(format!("the chat template ran for more than {} seconds", MAX_TIME.as_secs())))
-        }
-        Err(mpsc::RecvTimeoutError::Disconnected) => {
-            Err(Error::ChatTemplate("the chat template crashed its renderer".into()))
-        }
+    if is_stopped(source) {
+        return Err(too_large());
     }
+    let (text, context, alphabet) = (Arc::clone(source), Value::from(Serde(context)), Arc::clone(alphabet));
+    run_bounded("llamactor-template", BOUNDS, move || render_here(&text, context, &alphabet, fuel)).unwrap_or_else(
+        |why| {
+            Err(match why {
+                Unfinished::Memory => {
+                    remember_stopped(source);
+                    too_large()
+                }
+                Unfinished::Time => {
+                    failure(format!("the chat template runs for more than {} seconds", BOUNDS.time.as_secs()))
+                }
+                Unfinished::Panic => failure("the chat template crashes its interpreter".into()),
+                Unfinished::NoThread(source) => {
+                    Failure::Final(Error::Io { context: "cannot start the thread llamactor-template".into(), source })
+                }
+            })
+        },
+    )
 }
 
-fn render_here(source: &str, context: Value, alphabet: &Arc<Alphabet>) -> Result<String> {
-    let env = environment(alphabet);
+fn too_large() -> Failure {
+    failure(format!("the chat template takes more than {} MiB of memory", BOUNDS.memory >> 20))
+}
+
+/// Templates that were stopped for their memory, by hash: each of them keeps it, so none is run again.
+static STOPPED: Mutex<BTreeSet<u64>> = Mutex::new(BTreeSet::new());
+
+fn is_stopped(source: &str) -> bool {
+    STOPPED.lock().unwrap_or_else(PoisonError::into_inner).contains(&xxh3_64(source.as_bytes()))
+}
+
+fn remember_stopped(source: &str) {
+    STOPPED.lock().unwrap_or_else(PoisonError::into_inner).insert(xxh3_64(source.as_bytes()));
+}
+
+fn render_here(source: &str, context: Value, alphabet: &Arc<Alphabet>, fuel: u64) -> Result<String, Failure> {
+    let env = environment(alphabet, fuel);
     let source = without_generation_blocks(source);
     let template = env.template_from_str(&source).map_err(|error| unreadable(&error))?;
     let mut out = Bounded::default();
     template.render_captured_to(context, &mut out).map_err(|error| failed(&error))?;
-    String::from_utf8(out.0).map_err(|error| Error::ChatTemplate(format!("the chat template failed: {error}")))
+    String::from_utf8(out.0).map_err(|error| failure(format!("the chat template failed: {error}")))
 }
 
-fn environment(alphabet: &Arc<Alphabet>) -> Environment<'static> {
+fn environment(alphabet: &Arc<Alphabet>, fuel: u64) -> Environment<'static> {
     let mut env = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     env.set_syntax(syntax.unwrap_or_default());
-    env.set_fuel(Some(FUEL));
+    env.set_fuel(Some(fuel));
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     env.add_function("raise_exception", refuse);
     env.add_function("strftime_now", strftime_now);
@@ -148,18 +198,21 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
     }
 }
 
-fn unreadable(error: &minijinja::Error) -> Error {
-    Error::ChatTemplate(format!("the chat template cannot be read: {}", describe(error)))
+fn unreadable(error: &minijinja::Error) -> Failure {
+    Failure::Unsupported(Error::ChatTemplate(format!("the chat template cannot be read: {}", describe(error))))
 }
 
-fn failed(error: &minijinja::Error) -> Error {
+fn failed(error: &minijinja::Error) -> Failure {
     if let Some((_, message)) = error.detail().and_then(|detail| detail.split_once(REFUSAL)) {
-        return Error::ChatTemplate(format!("the chat template refuses these messages: {message}"));
+        return failure(format!("the chat template refuses these messages: {message}"));
     }
-    if error.kind() == ErrorKind::OutOfFuel {
-        return Error::ChatTemplate(format!("the chat template executes more than {FUEL} instructions"));
+    let reason = format!("the chat template failed: {}", describe(error));
+    match error.kind() {
+        ErrorKind::OutOfFuel => failure(format!("the chat template executes more than {FUEL} instructions")),
+        ErrorKind::WriteFailure | ErrorKind::UndefinedError | ErrorKind::TemplateNotFound => failure(reason),
+        _ if error.detail().is_some_and(|detail| detail.contains("recursion limit")) => failure(reason),
+        _ => Failure::Unsupported(Error::ChatTemplate(reason)),
     }
-    Error::ChatTemplate(format!("the chat template failed: {}", describe(error)))
 }
 
 /// The innermost cause with its line.

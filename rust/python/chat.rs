@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use super::call::{Call, State, Value};
 use super::hub::Hub;
 use super::model::spawn;
+use super::process::require_own_process;
 use crate::chat;
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -20,8 +21,42 @@ pub fn render(model: Arc<Model>, hub: &Hub, request: Vec<u8>) -> PyResult<Call> 
 }
 
 fn render_json(model: &Model, request: &[u8]) -> Result<Vec<u8>> {
-    let request: chat::Request = serde_json::from_slice(request).map_err(unreadable)?;
-    serde_json::to_vec(&chat::render(model, &request)?).map_err(unreadable)
+    to_json(&chat::render(model, &from_json(request)?)?)
+}
+
+/// What llama.cpp makes of a conversation: prompt, grammar, triggers, tags, parser. The template is rendered within
+/// bounds first.
+pub fn format(model: Arc<Model>, hub: &Hub, request: Vec<u8>) -> PyResult<Call> {
+    let state = State::new(hub)?;
+    let reporter = Arc::clone(&state);
+    spawn("llamactor-chat", move || reporter.finish(format_json(&model, &request).map(Value::Bytes)))?;
+    Ok(Call::new(state))
+}
+
+fn format_json(model: &Model, request: &[u8]) -> Result<Vec<u8>> {
+    to_json(&chat::format(model, &from_json(request)?)?)
+}
+
+/// Tries a template with llama.cpp's own renderer, which has no bounds: for a process that may be killed.
+#[pyfunction]
+pub fn try_chat_template(py: Python<'_>, request: Vec<u8>) -> PyResult<Vec<u8>> {
+    require_own_process()?;
+    Ok(py.detach(move || to_json(&chat::try_template(&from_json(&request)?)?))?)
+}
+
+/// Reads an answer with the parser that `format` gave: a message in OpenAI's form.
+#[pyfunction]
+pub fn parse_chat_answer(py: Python<'_>, request: Vec<u8>) -> PyResult<Vec<u8>> {
+    require_own_process()?;
+    Ok(py.detach(move || to_json(&chat::parse(&from_json(&request)?)?))?)
+}
+
+fn from_json<T: serde::de::DeserializeOwned>(request: &[u8]) -> Result<T> {
+    serde_json::from_slice(request).map_err(unreadable)
+}
+
+fn to_json(answer: &impl serde::Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec(answer).map_err(unreadable)
 }
 
 fn unreadable(error: serde_json::Error) -> Error {

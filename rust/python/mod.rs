@@ -13,6 +13,7 @@ mod process;
 mod sequence;
 
 pub use call::Call;
+pub use chat::{parse_chat_answer, try_chat_template};
 pub use context::Context;
 pub use hub::Hub;
 pub use model::{Model, devices, load_model, set_log_level, system_info};

@@ -159,6 +159,10 @@ impl Model {
         chat::render(self.open()?, hub, request)
     }
 
+    fn chat_format(&self, hub: &Hub, request: Vec<u8>) -> PyResult<Call> {
+        chat::format(self.open()?, hub, request)
+    }
+
     /// Writes a chat's note to a file that has no state.
     fn save_note(&self, hub: &Hub, path: PathBuf, note: Vec<u8>) -> PyResult<Call> {
         let (model, state) = (self.open()?, State::new(hub)?);

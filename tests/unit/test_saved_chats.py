@@ -6,7 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,7 +25,7 @@ ASKED = "What is my name?"
 """After `NAMED`, tinychat answers this with the name."""
 
 
-async def told(model: Model, **options: object) -> ChatSession:
+async def told(model: Model, **options: Any) -> ChatSession:
     """A chat that knows a name."""
     session = model.chat(**options)
     await session.prompt(NAMED, max_tokens=30)
@@ -68,7 +68,7 @@ asyncio.run(main())
 
 def answered_elsewhere(path: Path, context_size: int, asked: str) -> tuple[str, int, int, int]:
     """The answer of another process, tokens of its prompt, of those cached, and messages."""
-    command = [sys.executable, "-c", ELSEWHERE, TINYCHAT, path, str(context_size), asked]
+    command = [sys.executable, "-c", ELSEWHERE, *map(str, (TINYCHAT, path, context_size)), asked]
     ran = subprocess.run(command, capture_output=True, timeout=PATIENCE, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     content, n_tokens, n_cached, n_messages = json.loads(ran.stdout)
@@ -161,7 +161,7 @@ async def test_functions_among_the_options_are_given_to_restore_again(
 ) -> None:
     calls = []
 
-    def processor(tokens: list[int], logits: memoryview) -> None:
+    def processor(tokens: list[int], logits: memoryview[float]) -> None:
         calls.append(len(tokens))
 
     session = tinychat.chat(logits_processor=processor, max_tokens=3)
@@ -286,19 +286,18 @@ async def test_cancelling_a_restore_leaves_no_session_and_no_sequence_behind(
 ) -> None:
     session = await told(tinychat)
     await session.save(tmp_path / "chat")
-    for turns in range(8):
-        task = asyncio.ensure_future(ChatSession.restore(tmp_path / "chat", tinychat))
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.wait([task])
-        if not task.cancelled():
-            await task.result().aclose()
-    held = [tinychat._default_context().try_acquire() for _ in range(4)]
-    assert all(held)
-    for sequence in held:
-        assert sequence is not None
-        sequence.close()
+    async with tinychat.create_context(context_size=512, sequences=2, threads=1) as context:
+        for turns in range(8):
+            task = asyncio.create_task(ChatSession.restore(tmp_path / "chat", context))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            if not task.cancelled():
+                await task.result().aclose()
+        held = [await context.sequence(timeout=PATIENCE) for _ in range(2)]
+        for sequence in held:
+            await sequence.aclose()
     await session.aclose()
 
 

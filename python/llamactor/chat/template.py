@@ -7,6 +7,9 @@ never becomes a control token, whatever it spells.
 
 from __future__ import annotations
 
+import asyncio
+import sys
+from asyncio.subprocess import DEVNULL, PIPE
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -14,11 +17,13 @@ import msgspec
 from llamactor import _checks as check
 from llamactor._hub import finish, hub_for, running_loop
 from llamactor.chat.messages import AssistantMessage, SystemMessage, ToolMessage
+from llamactor.errors import ChatTemplateError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from llamactor import _core
+    from llamactor._hub import LoopHub
     from llamactor.chat.messages import Message, ToolCall
 
 
@@ -80,19 +85,75 @@ async def render_chat(
         ClosedError: the model is closed.
     """
     hub = hub_for(running_loop("render_chat"))
-    request = msgspec.json.encode(
-        {
-            "template": template,
-            "messages": [_for_template(message) for message in messages],
-            "turns": [_turn(message) for message in messages],
-            "tools": tools,
-            "kwargs": kwargs or {},
-            "add_generation_prompt": add_generation_prompt and not open_ended,
-            "open_ended": open_ended,
-        }
+    request: dict[str, Any] = {
+        "template": template,
+        "messages": [_for_template(message) for message in messages],
+        "turns": [_turn(message) for message in messages],
+        "tools": tools,
+        "kwargs": kwargs or {},
+        "add_generation_prompt": add_generation_prompt and not open_ended,
+        "open_ended": open_ended,
+    }
+    outcome = await _render(hub, native_model, request)
+    if outcome.rendered is None and await _passes_trial(native_model, request):
+        outcome = await _render(hub, native_model, {**request, "renderer": "llama_cpp"})
+    if outcome.rendered is None:
+        raise ChatTemplateError(outcome.unsupported)
+    return outcome.rendered
+
+
+class _Outcome(msgspec.Struct, frozen=True):
+    """One of the two."""
+
+    rendered: RenderedChat | None = None
+    unsupported: str | None = None
+
+
+async def _render(hub: LoopHub, native_model: _core.Model, request: Mapping[str, Any]) -> _Outcome:
+    call = native_model.render_chat(hub.native, msgspec.json.encode(request))
+    return msgspec.json.decode(await finish(hub, call), type=_Outcome)
+
+
+_TRIAL_SECONDS = 20.0
+_trials: dict[str, bool] = {}  # templates that the core's renderer cannot do, and what came of it
+
+
+async def _passes_trial(native_model: _core.Model, request: Mapping[str, Any]) -> bool:
+    """Whether llama.cpp can render a template that the core's own renderer cannot.
+
+    llama.cpp's renderer has no bounds, so the first time it runs in a process that can be killed.
+    """
+    template = request["template"] or native_model.info()["chat_template"]
+    if not isinstance(template, str):
+        return False
+    if template not in _trials:
+        names = ("messages", "tools", "kwargs")
+        trial = {"template": template, **{name: request[name] for name in names}}
+        _trials[template] = await _try_elsewhere(msgspec.json.encode(trial))
+    return _trials[template]
+
+
+async def _try_elsewhere(trial: bytes) -> bool:
+    """Run a trial in a process of its own; False when it fails or takes too long."""
+    if not sys.executable:
+        return False
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "llamactor.chat._trial"),
+        stdin=PIPE,
+        stdout=DEVNULL,
+        stderr=DEVNULL,
     )
-    rendered = await finish(hub, native_model.render_chat(hub.native, request))
-    return msgspec.json.decode(rendered, type=RenderedChat)
+    try:
+        async with asyncio.timeout(_TRIAL_SECONDS):
+            await process.communicate(trial)
+    except TimeoutError:
+        return False
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await asyncio.shield(process.wait())
+    return process.returncode == 0
 
 
 def check_template_names(names: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,201 @@
+//! Work on a thread of its own, bounded in time and memory: for code that runs what others wrote.
+//!
+//! Rust has no way to make an allocation fail without ending the process, and none to end a thread. So a thread that
+//! allocates more than it may is stopped where it stands, for ever: it keeps what it has, its caller gets an error,
+//! and the process goes on.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::null;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
+
+/// What work may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Bytes that it may hold at a time.
+    pub memory: usize,
+    /// Time until its caller gives up.
+    pub time: Duration,
+    /// Bytes of its stack.
+    pub stack: usize,
+}
+
+/// Why work has no outcome.
+#[derive(Debug)]
+pub enum Unfinished {
+    /// It took too much memory. Its thread stands still for ever and keeps what it holds.
+    Memory,
+    /// It took too long. Its thread stops at its next allocation.
+    Time,
+    /// It panicked.
+    Panic,
+    /// There is no thread to be had.
+    NoThread(std::io::Error),
+}
+
+/// Seen by both sides.
+struct Watch {
+    caller: Thread,
+    exceeded: AtomicBool,
+    abandoned: AtomicBool,
+}
+
+thread_local! {
+    static WATCH: Cell<*const Watch> = const { Cell::new(null()) };
+    static LEFT: Cell<isize> = const { Cell::new(0) };
+}
+
+/// Runs work within bounds, and waits for it.
+///
+/// # Errors
+/// Why there is no outcome.
+pub fn run_bounded<T: Send + 'static>(
+    name: &str,
+    bounds: Bounds,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Unfinished> {
+    let caller = thread::current();
+    let watch = Arc::new(Watch { caller, exceeded: AtomicBool::new(false), abandoned: AtomicBool::new(false) });
+    let outcome: Arc<Mutex<Option<Result<T, Unfinished>>>> = Arc::default();
+    let (watched, result) = (Arc::clone(&watch), Arc::clone(&outcome));
+    let run = move || {
+        WATCH.set(Arc::as_ptr(&watched));
+        LEFT.set(isize::try_from(bounds.memory).unwrap_or(isize::MAX));
+        let done = catch_unwind(AssertUnwindSafe(work)).map_err(|_| Unfinished::Panic);
+        WATCH.set(null());
+        *result.lock().unwrap_or_else(PoisonError::into_inner) = Some(done);
+        watched.caller.unpark();
+    };
+    let builder = thread::Builder::new().name(name.into()).stack_size(bounds.stack);
+    builder.spawn(run).map_err(Unfinished::NoThread)?;
+    wait(&watch, &outcome, bounds.time)
+}
+
+fn wait<T>(watch: &Watch, outcome: &Mutex<Option<Result<T, Unfinished>>>, time: Duration) -> Result<T, Unfinished> {
+    let end = Instant::now() + time;
+    loop {
+        if let Some(done) = outcome.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            return done;
+        }
+        if watch.exceeded.load(Ordering::SeqCst) {
+            return Err(Unfinished::Memory);
+        }
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            watch.abandoned.store(true, Ordering::SeqCst);
+            return Err(Unfinished::Time);
+        }
+        thread::park_timeout(left);
+    }
+}
+
+/// The system's allocator, counting for threads that are watched.
+struct Counting;
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+// SAFETY: everything is passed on to the system's allocator; counting neither allocates nor unwinds.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        take(layout.size());
+        // SAFETY: the caller keeps the contract of `alloc`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        take(layout.size());
+        // SAFETY: the caller keeps the contract of `alloc_zeroed`.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        give(layout.size());
+        // SAFETY: the caller keeps the contract of `dealloc`.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        // Both may exist for a moment.
+        take(new_size);
+        give(layout.size());
+        // SAFETY: the caller keeps the contract of `realloc`.
+        unsafe { System.realloc(ptr, layout, new_size) }
+    }
+}
+
+fn take(size: usize) {
+    let watch = WATCH.get();
+    if watch.is_null() {
+        return;
+    }
+    let left = LEFT.get().saturating_sub_unsigned(size);
+    LEFT.set(left);
+    // SAFETY: the thread itself holds the watch for as long as this points to it.
+    let watch = unsafe { &*watch };
+    if left < 0 || watch.abandoned.load(Ordering::Relaxed) {
+        stop(watch);
+    }
+}
+
+fn give(size: usize) {
+    if !WATCH.get().is_null() {
+        LEFT.set(LEFT.get().saturating_add_unsigned(size));
+    }
+}
+
+#[cold]
+fn stop(watch: &Watch) -> ! {
+    WATCH.set(null());
+    watch.exceeded.store(true, Ordering::SeqCst);
+    watch.caller.unpark();
+    loop {
+        thread::park();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BOUNDS: Bounds = Bounds { memory: 1024 * 1024, time: Duration::from_secs(60), stack: 256 * 1024 };
+
+    #[test]
+    fn work_within_its_bounds_gives_its_outcome() {
+        assert_eq!(run_bounded("test", BOUNDS, || vec![1u8; 1000].len()).unwrap(), 1000);
+    }
+
+    #[test]
+    fn what_is_given_back_counts_no_more() {
+        let work = || (0..100).map(|_| vec![1u8; 500_000].len()).sum::<usize>();
+        assert_eq!(run_bounded("test", BOUNDS, work).unwrap(), 50_000_000);
+    }
+
+    #[test]
+    fn work_that_takes_too_much_memory_is_stopped() {
+        let doubled = || {
+            let mut text = String::from("abc");
+            loop {
+                text = format!("{text}{text}");
+            }
+        };
+        assert!(matches!(run_bounded::<String>("test", BOUNDS, doubled), Err(Unfinished::Memory)));
+    }
+
+    #[test]
+    fn work_that_takes_too_long_is_left_behind() {
+        let bounds = Bounds { time: Duration::from_millis(10), ..BOUNDS };
+        let sleeping = || thread::sleep(Duration::from_secs(1));
+        assert!(matches!(run_bounded("test", bounds, sleeping), Err(Unfinished::Time)));
+    }
+
+    #[test]
+    fn a_panic_is_caught() {
+        let failing = || -> u8 { std::panic::resume_unwind(Box::new("on purpose")) };
+        assert!(matches!(run_bounded("test", BOUNDS, failing), Err(Unfinished::Panic)));
+    }
+}
