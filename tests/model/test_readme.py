@@ -28,9 +28,9 @@ def output_of(number: int) -> str:
     return output_of_program(EXAMPLES[number - 1], ROOT)
 
 
-def test_there_are_six_examples() -> None:
+def test_there_are_seven_examples() -> None:
     headings = re.findall(r"^### (\d)\. ", README, re.MULTILINE)
-    assert headings == ["1", "2", "3", "4", "5", "6"]
+    assert headings == ["1", "2", "3", "4", "5", "6", "7"]
     assert len(EXAMPLES) == len(headings)
 
 
@@ -101,6 +101,14 @@ def test_the_sixth_example_obeys_its_options() -> None:
     assert logprobs
     for line in logprobs:
         assert re.fullmatch(r"""['"].*['"] -?\d+\.\d\d \[.*, .*\]""", line)
+
+
+@pytest.mark.model
+def test_in_the_seventh_example_the_second_turn_knows_the_first() -> None:
+    known = re.findall(r"^\((\d+) of (\d+) tokens were known\)$", output_of(7), re.MULTILINE)
+    (first, asked), (reused, prompt) = (map(int, numbers) for numbers in known)
+    assert first == 0
+    assert asked < reused < prompt
 
 
 # --- what it names ------------------------------------------------------------------------------
