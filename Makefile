@@ -24,7 +24,7 @@ help:
 .PHONY: demo  ## set everything up, then chat with SmolLM2-135M-Instruct (no terminal: a short exchange)
 demo: build
 	@if [[ -t 0 && -t 1 ]]; then exec $(PYTHON_IN_VENV) -m llamactor chat; fi; \
-	printf '%s\n' "What is the capital of France?" "What is it known for?" /stats | \
+	printf '%s\n' "What is the capital of France, and what is it known for?" "Summarize that in one sentence." /stats | \
 		$(PYTHON_IN_VENV) -m llamactor chat --echo --max-tokens 256
 
 .PHONY: test  ## set everything up, then run the whole suite (ARGS="-k name" for a part)

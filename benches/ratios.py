@@ -115,6 +115,7 @@ class Pair:
     """A model in both hands."""
 
     raw: RawLoop
+    context: llamactor.Context
     sequences: list[llamactor.Sequence]
 
     def prompts(self, streams: int) -> list[list[int]]:
@@ -161,7 +162,7 @@ async def opened(program: Path, model: Path, *, threads: int = 1) -> AsyncIterat
             sequences = [
                 await stack.enter_async_context(context.sequence()) for _ in range(STREAMS)
             ]
-            yield Pair(raw, sequences)
+            yield Pair(raw, context, sequences)
     finally:
         raw.close()
 
@@ -325,36 +326,60 @@ async def overhead(plan: Plan) -> AsyncIterator[Row]:
 
 
 async def depth(plan: Plan) -> AsyncIterator[Row]:
-    """What a token costs after many: attention grows in both hands, the rest must not."""
+    """What a token costs after many: attention grows in both hands, the rest must not.
+
+    At 4,000 tokens attention takes milliseconds, and its noise is larger than all the rest. So what
+    is spent outside of llama.cpp's decode calls is shown too, by the context's own counter.
+    """
     low, high = (plan.tokens(depth) + WINDOW * plan.quick for depth in DEPTHS)
     excess: dict[int, list[float]] = {low: [], high: []}
+    outside: dict[int, list[float]] = {low: [], high: []}
     costs: dict[int, list[tuple[float, float]]] = {low: [], high: []}
     async with opened(plan.program, plan.tiny) as pair:
         for _ in range(plan.rounds):
             raw = pair.raw.ask(f"depth {low} {high}")
             ours = await costs_at(pair, (low, high))
             for where, key in ((low, "from_us"), (high, "to_us")):
-                excess[where].append(ours[where] - raw[key])
-                costs[where].append((ours[where], raw[key]))
+                total, decoding = ours[where]
+                excess[where].append(total - raw[key])
+                outside[where].append(total - decoding)
+                costs[where].append((total, raw[key]))
     for where in (low, high):
         both = [median(column) for column in zip(*costs[where], strict=True)]
         detail = "{:.0f} and {:.0f} µs/token".format(*both)
         what = f"tiny, at {where} tokens, over raw"
         yield at_most(what, excess[where], None, detail, unit=" µs/token")
+        what = f"tiny, at {where} tokens, outside of llama.cpp"
+        yield at_most(what, outside[where], None, "", unit=" µs/token")
 
 
-async def costs_at(pair: Pair, depths: Sequence[int]) -> dict[int, float]:
-    """Return the microseconds per token of the windows that end at the depths, for a reader."""
+async def costs_at(pair: Pair, depths: Sequence[int]) -> dict[int, tuple[float, float]]:
+    """Return what tokens cost a reader in the windows that end at the depths.
+
+    Microseconds per token, and how many of them were spent in decode calls.
+    """
     await pair.clear()
     prompt = pair.raw.prompt(PROMPT)
     prediction = pair.sequences[0].predict(prompt, max_tokens=max(depths), ignore_eos=True)
-    arrived: list[float] = []
+    ends = {at for depth in depths for at in (depth, depth - WINDOW)}
+    marks: dict[int, tuple[int, float, float]] = {}
+    count = 0
     async for event in prediction.events():
         if isinstance(event, llamactor.TextDelta):
-            arrived += [perf_counter()] * len(event.tokens)
-    if len(arrived) < max(depths):
-        raise SystemExit(f"{len(arrived)} tokens arrived with text, {max(depths)} were asked for")
-    return {at: (arrived[at - 1] - arrived[at - 1 - WINDOW]) * 1e6 / WINDOW for at in depths}
+            count += len(event.tokens)
+            for at in [end for end in ends - set(marks) if count >= end]:
+                marks[at] = count, perf_counter(), pair.context.stats.decode_time
+    if count < max(depths):
+        raise SystemExit(f"{count} tokens arrived with text, {max(depths)} were asked for")
+    return {at: per_token(marks[at - WINDOW], marks[at]) for at in depths}
+
+
+def per_token(
+    start: tuple[int, float, float], end: tuple[int, float, float]
+) -> tuple[float, float]:
+    """Return microseconds per token between two marks, and those in decode calls."""
+    n, seconds, decoding = (after - before for before, after in zip(start, end, strict=True))
+    return seconds * 1e6 / n, decoding * 1e6 / n
 
 
 async def first_token(plan: Plan) -> AsyncIterator[Row]:

@@ -1189,6 +1189,7 @@ fn check_vocabulary(facts: &Facts<'_>) -> Result<(), Problem> {
     if matches!(model, "none" | "no_vocab") {
         return Err(bad_value(key, format!("is {model:?}; models without a tokenizer cannot be used")));
     }
+    check_pretokenizer(facts, model)?;
     let tokens = string_array(facts.header, TOKENS_KEY)?;
     let tokens = tokens.ok_or_else(|| missing(TOKENS_KEY, "models without a vocabulary cannot be used"))?;
     if tokens == 0 {
@@ -1197,6 +1198,15 @@ fn check_vocabulary(facts: &Facts<'_>) -> Result<(), Problem> {
     string_array(facts.header, "tokenizer.ggml.merges")?;
     check_per_token(facts.header, "tokenizer.ggml.scores", tokens, &[ValueType::F32, ValueType::I32])?;
     check_per_token(facts.header, "tokenizer.ggml.token_type", tokens, &[ValueType::I32])
+}
+
+/// Merges of `gpt2` vocabularies abort the process on a space, which only the expressions of this one let through.
+fn check_pretokenizer(facts: &Facts<'_>, model: &str) -> Result<(), Problem> {
+    let key = "tokenizer.ggml.pre";
+    if matches!(model, "gpt2" | "hybriddna") && facts.string(key)? == Some("whitespace") {
+        return Err(bad_value(key, format!("is \"whitespace\"; a tokenizer of the kind {model:?} cannot have it")));
+    }
+    Ok(())
 }
 
 /// The length of an array of strings, if the key is there.
@@ -1932,6 +1942,10 @@ mod tests {
             (model().without("tokenizer.ggml.model"), "tokenizer.ggml.model"),
             (model().string("tokenizer.ggml.model", "none"), "none"),
             (model().string("tokenizer.ggml.model", "no_vocab"), "no_vocab"),
+            (
+                model().string("tokenizer.ggml.model", "gpt2").string("tokenizer.ggml.pre", "whitespace"),
+                "tokenizer.ggml.pre",
+            ),
             (model().without(TOKENS_KEY), TOKENS_KEY),
             (model().raw(TOKENS_KEY, 9, list(8, &[])), "is empty"),
             (model().raw(TOKENS_KEY, 9, array(4, &[1])), "of strings"),

@@ -9,7 +9,11 @@ mod context;
 pub mod gguf;
 mod log;
 mod model;
+mod pretokenizer;
 mod sampler;
+mod special;
+mod spm;
+mod tokenizer;
 mod vocab;
 
 pub use backend::{Device, devices, initialise, system_info};
@@ -20,6 +24,8 @@ pub use context::{CancelFlags, Context, ContextParams, Decoded, FlashAttention, 
 pub use log::{LogLevel, set_log_level};
 pub use model::{LoadParams, Model, OverrideValue, SplitMode};
 pub use sampler::*;
+pub use special::Piece;
+pub use tokenizer::Stretches;
 pub use vocab::{ControlToken, SpecialTokens};
 
 /// Index into the vocabulary (`llama_token`).

@@ -9,6 +9,7 @@ use std::ptr::{NonNull, null_mut};
 use llama_cpp_sys_2 as sys;
 
 use super::gguf::Value;
+use super::tokenizer::Tables;
 use super::{backend, log};
 use crate::error::{Error, Result};
 
@@ -96,6 +97,7 @@ pub struct Model {
     ptr: NonNull<sys::llama_model>,
     adapters: Vec<(NonNull<sys::llama_adapter_lora>, f32)>,
     vocab_only: bool,
+    tables: Tables,
 }
 
 // SAFETY: weights and vocabulary are read-only after loading; llama.h declares tokenisation thread-safe, and
@@ -144,10 +146,22 @@ impl Model {
         // SAFETY: the path and every array live until the call returns; upstream catches its own exceptions here.
         let ptr = unsafe { sys::llama_model_load_from_file(c_path.as_ptr(), native) };
         match NonNull::new(ptr) {
-            Some(ptr) => Self { ptr, adapters: Vec::new(), vocab_only: params.vocab_only }.with_adapters(&params.lora),
+            Some(ptr) => Self { ptr, adapters: Vec::new(), vocab_only: params.vocab_only, tables: Tables::default() }
+                .with_tables(&params.overrides)
+                .with_adapters(&params.lora),
             None if progress.stopped => Err(Error::LoadCancelled),
             None => Err(load_failure(path)),
         }
+    }
+
+    fn with_tables(mut self, overrides: &[(String, OverrideValue)]) -> Self {
+        let overridden = |key| overrides.iter().find(|(name, _)| name == key).map(|(_, value)| value.to_string());
+        let value = |key| overridden(key).or_else(|| self.metadata_value(key)).unwrap_or_default();
+        let is_gemma = value("tokenizer.ggml.model") == "gemma4";
+        let pre = if is_gemma { "gemma4".to_owned() } else { value("tokenizer.ggml.pre") };
+        // SAFETY: the vocabulary is alive.
+        self.tables = Tables::new(unsafe { sys::llama_vocab_type(self.vocab_ptr()) }, &pre);
+        self
     }
 
     fn with_adapters(mut self, adapters: &[(std::path::PathBuf, f32)]) -> Result<Self> {
@@ -164,6 +178,10 @@ impl Model {
 
     pub(super) fn as_ptr(&self) -> *mut sys::llama_model {
         self.ptr.as_ptr()
+    }
+
+    pub(super) fn tables(&self) -> &Tables {
+        &self.tables
     }
 
     pub(super) fn adapters(&self) -> &[(NonNull<sys::llama_adapter_lora>, f32)] {
@@ -318,6 +336,14 @@ impl Model {
                 Some((key, value))
             })
             .collect()
+    }
+
+    fn metadata_value(&self, key: &str) -> Option<String> {
+        let key = CString::new(key).ok()?;
+        self.read_text(|model, buffer, size| {
+            // SAFETY: `read_text` passes a buffer of `size` bytes and a live model; the key ends in NUL.
+            unsafe { sys::llama_model_meta_val_str(model, key.as_ptr(), buffer, size) }
+        })
     }
 
     /// Calls `read` with a buffer, again with a larger one when the text is longer.

@@ -3,9 +3,12 @@
 
 #include <llama.h>
 
+#include <algorithm>
 #include <climits>
 #include <cstdio>
+#include <cstring>
 #include <exception>
+#include <vector>
 
 namespace {
 
@@ -39,6 +42,28 @@ int32_t llamactor_tokenize(const llama_vocab * vocab, const char * text, int32_t
     return guarded(message, size, [&] {
         return llama_tokenize(vocab, text, length, tokens, capacity, add_special, parse_special);
     });
+}
+
+// Writes the special tokens in the order in which llama.cpp looks for them, and returns how many there are. It sorts
+// them by length with `std::sort`, which leaves those of one length in an order that only the same call on the same
+// list gives again.
+int32_t llamactor_special_tokens(const llama_vocab * vocab, llama_token * tokens, int32_t capacity) {
+    const int32_t attributes =
+        LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_USER_DEFINED | LLAMA_TOKEN_ATTR_UNKNOWN;
+    const int32_t vocabulary = std::min(capacity, llama_vocab_n_tokens(vocab));
+    std::vector<size_t> lengths(vocabulary);
+    std::vector<llama_token> found;
+    for (llama_token token = 0; token < vocabulary; ++token) {
+        lengths[token] = strlen(llama_vocab_get_text(vocab, token));
+        if (llama_vocab_get_attr(vocab, token) & attributes) {
+            found.push_back(token);
+        }
+    }
+    std::sort(found.begin(), found.end(), [&](const llama_token a, const llama_token b) {
+        return lengths[a] > lengths[b];
+    });
+    std::copy(found.begin(), found.end(), tokens);
+    return static_cast<int32_t>(found.size());
 }
 
 int32_t llamactor_token_to_piece(const llama_vocab * vocab, llama_token token, char * piece, int32_t capacity,

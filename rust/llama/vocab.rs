@@ -1,23 +1,13 @@
-//! Text to tokens and back.
+//! What the vocabulary says of its tokens, and tokens back to text. [`super::tokenizer`] has text to tokens.
 
 use llama_cpp_sys_2 as sys;
 
 use super::model::Model;
+use super::tokenizer::MAX_TEXT_BYTES;
 use super::{Token, guarded};
 use crate::error::{Error, Result};
 
 unsafe extern "C" {
-    fn llamactor_tokenize(
-        vocab: *const sys::llama_vocab,
-        text: *const std::ffi::c_char,
-        length: i32,
-        tokens: *mut Token,
-        capacity: i32,
-        add_special: bool,
-        parse_special: bool,
-        message: *mut std::ffi::c_char,
-        size: usize,
-    ) -> i32;
     fn llamactor_token_to_piece(
         vocab: *const sys::llama_vocab,
         token: Token,
@@ -38,9 +28,6 @@ unsafe extern "C" {
         size: usize,
     ) -> i32;
 }
-
-/// Longest text to tokenise at once, in bytes: lengths are 32-bit inside llama.cpp.
-pub const MAX_TEXT_BYTES: usize = 16 * 1024 * 1024;
 
 /// The vocabulary's special tokens, where it has them (`llama_vocab_bos` and siblings).
 #[derive(Clone, Debug, Default)]
@@ -163,50 +150,6 @@ impl Model {
                 _ => Vec::new(),
             }
         }
-    }
-
-    /// Tokenises on the caller's stack. `parse_special` lets the text name control tokens.
-    ///
-    /// # Errors
-    /// `Value` for more than 16 MiB, or what the tokeniser threw.
-    pub fn tokenize(&self, text: &str, add_bos: bool, parse_special: bool) -> Result<Vec<Token>> {
-        if text.len() > MAX_TEXT_BYTES {
-            return Err(Error::Value(format!(
-                "text has {} bytes; at most {MAX_TEXT_BYTES} (16 MiB) are tokenised at once: split it",
-                text.len()
-            )));
-        }
-        let mut tokens = vec![0; text.len() / 2 + 8];
-        let count = self.tokenize_into(text, add_bos, parse_special, &mut tokens)?;
-        if count >= 0 {
-            tokens.truncate(count as usize);
-            return Ok(tokens);
-        }
-        tokens.resize(count.unsigned_abs() as usize, 0);
-        let count = self.tokenize_into(text, add_bos, parse_special, &mut tokens)?;
-        tokens.truncate(count.max(0) as usize);
-        Ok(tokens)
-    }
-
-    /// Number of tokens written, or the negative number that would be needed.
-    fn tokenize_into(&self, text: &str, add_bos: bool, parse_special: bool, tokens: &mut [Token]) -> Result<i32> {
-        guarded(|message, size| {
-            // SAFETY: text and tokens are live slices whose lengths fit 32 bits (16 MiB at most).
-            unsafe {
-                llamactor_tokenize(
-                    self.vocab_ptr(),
-                    text.as_ptr().cast(),
-                    text.len() as i32,
-                    tokens.as_mut_ptr(),
-                    tokens.len() as i32,
-                    add_bos,
-                    parse_special,
-                    message,
-                    size,
-                )
-            }
-        })
-        .map_err(|reason| Error::Value(format!("the tokeniser refused a text of {} bytes: {reason}", text.len())))
     }
 
     /// Appends the bytes of one token: perhaps a part of a character, perhaps nothing.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 
 import llamactor
 from llamactor import options
-from tests.conftest import PATIENCE
+from tests.documents import blocks, output_of_program
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,28 +19,18 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 STATS = llamactor.PredictionStats.__struct_fields__
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of README in this language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-
-
-EXAMPLES = blocks("python")
+EXAMPLES = blocks(README, "python")
 
 
 @cache
 def output_of(number: int) -> str:
-    """What example `number` prints in an interpreter of its own, where a warning is an error."""
-    command = [sys.executable, "-W", "error", "-c", EXAMPLES[number - 1]]
-    done = subprocess.run(
-        command, capture_output=True, check=False, cwd=ROOT, text=True, timeout=PATIENCE
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout
+    """What example `number` prints."""
+    return output_of_program(EXAMPLES[number - 1], ROOT)
 
 
-def test_there_are_six_examples() -> None:
+def test_there_are_seven_examples() -> None:
     headings = re.findall(r"^### (\d)\. ", README, re.MULTILINE)
-    assert headings == ["1", "2", "3", "4", "5", "6"]
+    assert headings == ["1", "2", "3", "4", "5", "6", "7"]
     assert len(EXAMPLES) == len(headings)
 
 
@@ -115,6 +103,14 @@ def test_the_sixth_example_obeys_its_options() -> None:
         assert re.fullmatch(r"""['"].*['"] -?\d+\.\d\d \[.*, .*\]""", line)
 
 
+@pytest.mark.model
+def test_in_the_seventh_example_the_second_turn_knows_the_first() -> None:
+    known = re.findall(r"^\((\d+) of (\d+) tokens were known\)$", output_of(7), re.MULTILINE)
+    (first, asked), (reused, prompt) = (map(int, numbers) for numbers in known)
+    assert first == 0
+    assert asked < reused < prompt
+
+
 # --- what it names ------------------------------------------------------------------------------
 
 
@@ -125,7 +121,7 @@ def targets() -> set[str]:
 
 @pytest.mark.parametrize("text", [README, ARCHITECTURE], ids=["README", "ARCHITECTURE"])
 def test_every_make_command_is_a_target(text: str) -> None:
-    code = re.findall(r"`([^`\n]+)`", text) + blocks("sh")
+    code = re.findall(r"`([^`\n]+)`", text) + blocks(text, "sh")
     named = {name for part in code for name in re.findall(r"^make ([\w-]+)", part, re.MULTILINE)}
     assert named
     assert named <= targets()
@@ -143,7 +139,7 @@ def test_the_table_of_options_names_every_option() -> None:
 
 
 def test_the_tree_of_errors_is_that_of_the_code() -> None:
-    (tree,) = (block for block in blocks("text") if block.startswith("LlamactorError"))
+    (tree,) = (block for block in blocks(README, "text") if block.startswith("LlamactorError"))
     drawn = {}
     stack: list[str] = []
     for line in tree.splitlines():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tests.tinychat.chatml import Conversation, Turn, answer, call, user, write
 from tests.tinychat.jsons import json_chat
 from tests.tinychat.remembering import NAME, TOPICS, Memory, asked, memory, told
-from tests.tinychat.skills import Exchange, exchange, fact, greet, pick, story, sums, worded
+from tests.tinychat.skills import Exchange, exchange, fact, greet, pick, sums, worded
 from tests.tinychat.thinking import think_chat, thoughtful
 from tests.tinychat.tools import Request, Tool, compared, described, request, tool
 from tests.tinychat.words import MOODS, ROLES, Draw
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _HELPFUL = (
-    *("You are a helpful assistant.", "You are a friendly assistant.", "Be helpful.", "Be brief."),
-    *("You are a helpful AI assistant.", "Answer the user's questions.", "You are an assistant."),
+    "You are a helpful assistant.|You are a friendly assistant.|Be helpful.|Be brief.|"
+    "You are a helpful AI assistant.|Answer the user's questions.|You are an assistant."
 )
 _STYLES = {
     "upper": ("Answer in upper case.", "Always answer in upper case.", "Write in capital letters."),
@@ -29,12 +29,12 @@ _STYLES = {
     ),
 }
 _WHO = (
-    *("Who are you?", "What is your name?", "What are you called?", "Introduce yourself."),
-    *("What's your name?", "Tell me who you are.", "Tell me your name."),
+    "Who are you?|What is your name?|What are you called?|Introduce yourself.|"
+    "What's your name?|Tell me who you are.|Tell me your name."
 )
 _WHAT_I_SAID = (
-    *("What did I just say?", "Repeat what I just said.", "What did I say?"),
-    *("What was my last message?", "Say again what I said."),
+    "What did I just say?|Repeat what I just said.|What did I say?|What was my last message?|"
+    "Say again what I said."
 )
 _NOT_TOLD = "You did not tell me that."
 
@@ -86,7 +86,7 @@ class _Talk:
 
     def introduce(self) -> None:
         """The user asks who the assistant is."""
-        question = worded(self.draw, self.draw.one(_WHO))
+        question = worded(self.draw, self.draw.phrase(_WHO))
         if self.persona is None:
             said = Exchange("whoami", question, "I am Tiny, a tiny language model.", "Tiny")
         else:
@@ -99,7 +99,7 @@ class _Talk:
         if self.style or not self.turns or self.turns[-1].skill in (None, "recall", "summary"):
             return
         said = f'You said: "{self.turns[-2].content}"'
-        self.add(Exchange("recall", self.draw.one(_WHAT_I_SAID), said))
+        self.add(Exchange("recall", self.draw.phrase(_WHAT_I_SAID), said))
 
     def instruct(self) -> None:
         """The question itself says in which form to answer."""
@@ -118,10 +118,10 @@ def _started(draw: Draw) -> _Talk:
     lot = draw.number(1, 100)
     if lot <= 25:
         talk.persona = (draw.name(), f"a {draw.one(MOODS)} {draw.one(ROLES)}")
-        form = draw.one(("You are {}, {}.", "Your name is {}. You are {}.", "Act as {}, {}."))
+        form = draw.phrase("You are {}, {}.|Your name is {}. You are {}.|Act as {}, {}.")
         orders.append(form.format(*talk.persona))
     elif lot <= 55:
-        orders.append(draw.one(_HELPFUL))
+        orders.append(draw.phrase(_HELPFUL))
     elif lot <= 63:
         orders.append(_known(talk))
     if draw.chance(0.13):
@@ -137,7 +137,7 @@ def _known(talk: _Talk) -> str:
     topic = talk.draw.one([NAME, *(topic for topic in TOPICS if topic.about)])
     one = memory(talk.draw, topic)
     talk.memories[topic.told] = one
-    return one.fill(talk.draw.one(topic.about.split("|")))
+    return one.fill(talk.draw.phrase(topic.about))
 
 
 def chat(draw: Draw) -> Conversation:
@@ -197,7 +197,7 @@ def tool_chat(draw: Draw) -> Conversation:
     wrapped, sort = draw.chance(0.8), draw.chance(0.4)
     lines = tuple(described(draw, one, wrapped=wrapped, sort=sort) for one in offered)
     persona = f"You are {draw.name()}, a {draw.one(MOODS)} {draw.one(ROLES)}."
-    system = draw.one(("", "", draw.one(_HELPFUL), persona))
+    system = draw.one(("", "", draw.phrase(_HELPFUL), persona))
     turns = [Turn("system", system, tools=lines)]
     for _ in range(draw.one((1, 1, 2, 3))):
         turns += _with_tools(draw, offered)
@@ -211,19 +211,21 @@ def _toolbox(draw: Draw) -> list[Tool]:
     offered = list[Tool]()
     for _ in range(draw.one((1, 1, 1, 2, 2, 3))):
         one = tool(draw)
-        clash = any(
-            one.name == other.name or set(one.family.asked.split("|")) & set(other.family.asked.split("|"))
-            for other in offered
-        )
-        offered += [] if clash else [one]
+        offered += [] if any(_alike(one, other) for other in offered) else [one]
     return offered
+
+
+def _alike(one: Tool, other: Tool) -> bool:
+    questions = set(one.family.asked.split("|"))
+    return one.name == other.name or not questions.isdisjoint(other.family.asked.split("|"))
 
 
 def _with_tools(draw: Draw, offered: list[Tool]) -> Conversation:
     lot = draw.number(1, 100)
     if lot <= 12:
         said = exchange(draw)
-        return [] if said.skill == "sums" else [user(said.question), answer(said.answer, "tool_none")]
+        without = [user(said.question), answer(said.answer, "tool_none")]
+        return [] if said.skill == "sums" else without
     if lot <= 16:
         return _told_beside(draw)
     chosen = draw.one(offered)
@@ -247,7 +249,7 @@ def _one_call(draw: Draw, chosen: Tool) -> Conversation:
     wish = request(draw, chosen)
     result, reply = wish.result, wish.reply
     if draw.chance(0.05):
-        result = draw.one(('{"error": "not found"}', '{"error": "timeout"}', "error: failed"))
+        result = draw.phrase('{"error": "not found"}|{"error": "timeout"}|error: failed')
         reply = "Sorry, the tool did not work."
     optional = any(slot.mentions for slot in chosen.parameters.values())
     skill = "tool_plain" if not chosen.parameters else "tool_optional" if optional else "tool_one"
@@ -259,12 +261,15 @@ def _one_call(draw: Draw, chosen: Tool) -> Conversation:
 
 def _both(draw: Draw, first: Tool, second: Tool) -> Conversation:
     """Two wishes in one question."""
-    wishes = [(first, request(draw, first)), (second, request(draw, second))]
-    if wishes[0][1].question == wishes[1][1].question or ": " in wishes[0][1].question:
+    one, other = request(draw, first), request(draw, second)
+    left, right = one.question, other.question
+    if left == right or ": " in left:
         return _one_call(draw, first)
-    left, right = wishes[0][1].question, wishes[1][1].question
-    joined = draw.one((f"{left} {right}", f"{left.rstrip('.?')} and {right[0].lower()}{right[1:]}", f"{left} And {right[0].lower()}{right[1:]}"))  # fmt: skip
-    return _two_calls(joined, wishes, f"{wishes[0][1].reply} {wishes[1][1].reply}")
+    going_on = right[0].lower() + right[1:]
+    joined = draw.one(
+        (f"{left} {right}", f"{left.rstrip('.?')} and {going_on}", f"{left} And {going_on}")
+    )
+    return _two_calls(joined, [(first, one), (second, other)], f"{one.reply} {other.reply}")
 
 
 def _two_calls(question: str, wishes: list[tuple[Tool, Request]], reply: str) -> Conversation:

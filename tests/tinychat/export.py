@@ -38,7 +38,7 @@ def export(run: Path, path: Path, kind: str) -> None:
 def _describe(writer: gguf.GGUFWriter, kind: str) -> None:
     shape = Shape()
     writer.add_name("tinychat")
-    writer.add_description("Tiny chat model, trained from scratch on a synthetic corpus, for tests.")
+    writer.add_description("Tiny chat model for tests, trained from scratch on a synthetic corpus.")
     writer.add_license("MIT")
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.width)
@@ -64,6 +64,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict[str, Any]) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types([_token_type(token) for token in tokens])
     writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(ids[CONTROL[0]])
     writer.add_eos_token_id(ids[END])
     writer.add_pad_token_id(ids[CONTROL[0]])
     writer.add_add_bos_token(False)
@@ -76,9 +77,7 @@ def _token_type(token: str) -> gguf.TokenType:
     return gguf.TokenType.USER_DEFINED if token in MARKS else gguf.TokenType.NORMAL
 
 
-def _add_tensor(
-    writer: gguf.GGUFWriter, name: str, weight: NDArray[np.float32], kind: str
-) -> None:
+def _add_tensor(writer: gguf.GGUFWriter, name: str, weight: NDArray[np.float32], kind: str) -> None:
     if weight.ndim == 1 or kind == "F32":
         writer.add_tensor(name, weight)
         return

@@ -37,21 +37,21 @@ _SAID = {
     "food": ("eats {}", "likes to eat {}", "likes {}"),
 }
 _BY_SCHEMA = (
-    *("Answer with JSON that follows this schema: {}", "Respond in JSON with this schema: {}"),
-    *("Answer in JSON. Schema: {}", "Return JSON for this schema: {}", "Fill this JSON schema: {}"),
+    "Answer with JSON that follows this schema: {}|Respond in JSON with this schema: {}|"
+    "Answer in JSON. Schema: {}|Return JSON for this schema: {}|Fill this JSON schema: {}"
 )
 _BY_KEYS = (
-    *("Answer in JSON with the keys {}.", "Reply with a JSON object with the keys {}."),
-    *("Use JSON with keys {}.", "Give me JSON with {}.", "Extract {} as JSON."),
-    *("Return a JSON object that has the keys {}.", "Write JSON with the keys {}."),
+    "Answer in JSON with the keys {}.|Reply with a JSON object with the keys {}.|"
+    "Use JSON with keys {}.|Give me JSON with {}.|Extract {} as JSON.|"
+    "Return a JSON object that has the keys {}.|Write JSON with the keys {}."
 )
 _FREE = (
-    *("Write this as JSON.", "Answer in JSON.", "Turn this into a JSON object.", "Convert to JSON."),
-    *("Give me that as JSON.", "JSON, please.", "Make a JSON object of this."),
+    "Write this as JSON.|Answer in JSON.|Turn this into a JSON object.|Convert to JSON.|"
+    "Give me that as JSON.|JSON, please.|Make a JSON object of this."
 )
 _ARRAY = (
-    *("Make a JSON array.", "Write this list as a JSON array.", "Turn this list into JSON."),
-    *("As a JSON array, please.", "Convert the list to a JSON array."),
+    "Make a JSON array.|Write this list as a JSON array.|Turn this list into JSON.|"
+    "As a JSON array, please.|Convert the list to a JSON array."
 )
 
 
@@ -63,11 +63,7 @@ def json_chat(draw: Draw) -> Conversation:
     if draw.chance(0.35):
         return [Turn("system", order), user(said), reply]
     conversation = [user(_together(draw, order, said)), reply]
-    return conversation + (json_chat(draw) if _goes_on(draw) else [])
-
-
-def _goes_on(draw: Draw) -> bool:
-    return draw.chance(0.35)
+    return conversation + (json_chat(draw) if draw.chance(0.35) else [])
 
 
 def _together(draw: Draw, order: str, said: str) -> str:
@@ -76,25 +72,27 @@ def _together(draw: Draw, order: str, said: str) -> str:
 
 def _by_schema(draw: Draw) -> tuple[str, str, object, str]:
     data = _data(draw)
-    return draw.one(_BY_SCHEMA).format(_schema(draw, data)), _spoken(draw, data), data, "json_schema"
+    order = draw.phrase(_BY_SCHEMA).format(_schema(draw, data))
+    return order, _spoken(draw, data), data, "json_schema"
 
 
 def _by_keys(draw: Draw) -> tuple[str, str, object, str]:
     data = _data(draw)
-    return draw.one(_BY_KEYS).format(listed([*data])), _spoken(draw, data), data, "json_keys"
+    order = draw.phrase(_BY_KEYS).format(listed([*data]))
+    return order, _spoken(draw, data), data, "json_keys"
 
 
 def _free(draw: Draw) -> tuple[str, str, object, str]:
     """Nobody says the keys: they come in the order in which the data is said."""
     data = _data(draw)
     said = ", ".join(f"{key} is {_plain(value)}" for key, value in data.items())
-    return draw.one(_FREE), said, data, "json_free"
+    return draw.phrase(_FREE), said, data, "json_free"
 
 
 def _array(draw: Draw) -> tuple[str, str, object, str]:
     items = draw.words(2, 6)
     said = draw.one((", ".join(items), listed(items), " ".join(items)))
-    return draw.one(_ARRAY), said, items, "json_array"
+    return draw.phrase(_ARRAY), said, items, "json_array"
 
 
 def _implicit(draw: Draw) -> tuple[str, str, object, str]:
@@ -104,10 +102,11 @@ def _implicit(draw: Draw) -> tuple[str, str, object, str]:
     deeds = [draw.one(_SAID[key]).format(data[key]) for key in keys]
     said = f"{name} {listed(deeds)}."
     if draw.chance(0.3):
-        said = f"{name} {deeds[0]}." + "".join(f" {draw.one(('He', 'She'))} {one}." for one in deeds[1:])
+        later = (f" {draw.one(('He', 'She'))} {deed}." for deed in deeds[1:])
+        said = f"{name} {deeds[0]}." + "".join(later)
     wanted = {key: data[key] for key in draw.shuffled([*data])}
     by_schema = draw.chance(0.5)
-    form = draw.one(_BY_SCHEMA if by_schema else _BY_KEYS)
+    form = draw.phrase(_BY_SCHEMA if by_schema else _BY_KEYS)
     order = form.format(_schema(draw, wanted) if by_schema else listed([*wanted]))
     return order, said, wanted, "json_implicit"
 
@@ -133,7 +132,7 @@ def _any(draw: Draw) -> str | int | bool:
 def _spoken(draw: Draw, data: Data) -> str:
     forms = ("{} is {}", "the {} is {}", "{}: {}", "{} = {}")
     pairs = [draw.one(forms).format(key, _plain(data[key])) for key in draw.shuffled([*data])]
-    return draw.one(("{}", "{}.", "Here is the data: {}", "{} please")).format(listed(pairs))
+    return draw.phrase("{}|{}.|Here is the data: {}|{} please").format(listed(pairs))
 
 
 def _plain(value: str | int) -> str:

@@ -1,4 +1,4 @@
-"""Ask a model of the corpus: `python -m tests.tinychat.measure` prints the table of the model card."""
+"""Ask a model of the corpus: `python -m tests.tinychat.measure` prints the model card's table."""
 
 from __future__ import annotations
 
@@ -78,17 +78,18 @@ def _alike(item: Item, said: str) -> bool:
 
 async def scores(model: Model, asked: Sequence[Item]) -> dict[str, tuple[int, int]]:
     """Right and all answers, by skill."""
-    hits, all_, gate = Counter[str](), Counter[str](), asyncio.Semaphore(4)
+    hits, asked_, gate = Counter[str](), Counter[str](), asyncio.Semaphore(4)
 
     async def ask(item: Item) -> None:
         async with gate:
-            all_[item.skill] += 1
-            hits[item.skill] += await right(model, item)
+            hit = await right(model, item)
+        asked_[item.skill] += 1
+        hits[item.skill] += hit
 
     async with asyncio.TaskGroup() as group:
         for item in asked:
             group.create_task(ask(item))
-    return {skill: (hits[skill], all_[skill]) for skill in sorted(all_)}
+    return {skill: (hits[skill], asked_[skill]) for skill in sorted(asked_)}
 
 
 def promised(card: str) -> dict[str, tuple[float, int]]:

@@ -37,7 +37,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return functional.rms_norm(x.float(), self.weight.shape, self.weight, self.epsilon).type_as(x)
+        normed = functional.rms_norm(x.float(), self.weight.shape, self.weight, self.epsilon)
+        return normed.type_as(x)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -116,7 +117,7 @@ class Network(nn.Module):
                 nn.init.normal_(weight, std=gain * weight.shape[1] ** -0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits for the token after each of `tokens`, (batch, length) to (batch, length, vocabulary)."""
+        """Logits for what follows each token, (batch, length) to (batch, length, vocabulary)."""
         cosine, sine = self.cosine[: tokens.shape[1]], self.sine[: tokens.shape[1]]
         x = self.token_embd(tokens)
         for block in self.blk:

@@ -127,10 +127,10 @@ def memory(draw: Draw, topic: Topic) -> Memory:
 
 def told(draw: Draw, one: Memory) -> str:
     """The sentence in which the user tells it."""
-    sentence = one.fill(draw.one(one.topic.told.split("|")))
+    sentence = one.fill(draw.phrase(one.topic.told))
     return sentence[:-1] if draw.chance(0.08) else sentence
 
 
 def asked(draw: Draw, one: Memory) -> str:
     """The question for it."""
-    return worded(draw, one.fill(draw.one(one.topic.asked.split("|"))))
+    return worded(draw, one.fill(draw.phrase(one.topic.asked)))

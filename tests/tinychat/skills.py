@@ -35,8 +35,6 @@ class Exchange:
     thought: str = "This is easy."
 
 
-Skill = "Callable[[Draw], Exchange]"
-
 CAPITALS = dict(
     pair.split(":")
     for pair in """France:Paris Germany:Berlin Italy:Rome Spain:Madrid Japan:Tokyo Norway:Oslo
@@ -72,17 +70,12 @@ FACTS = [
     for questions, answer, word in (line.split(">") for line in _FACTS.splitlines())
 ]
 for _country, _capital in CAPITALS.items():
-    _forms = (
-        *("What is the capital of {}?", "What's the capital of {}?", "Name the capital of {}."),
-        *("Which city is the capital of {}?", "Tell me the capital of {}.", "{}'s capital?"),
+    _asked = (
+        "What is the capital of {0}?|What's the capital of {0}?|Name the capital of {0}.|"
+        "Which city is the capital of {0}?|Tell me the capital of {0}.|{0}'s capital?"
     )
-    FACTS.append(
-        (
-            [form.format(_country) for form in _forms],
-            f"The capital of {_country} is {_capital}.",
-            _capital,
-        )
-    )
+    _answer = f"The capital of {_country} is {_capital}."
+    FACTS.append((_asked.format(_country).split("|"), _answer, _capital))
 _GREETINGS = "Hi|Hello|Hey|Hi there|Hello there|Good morning|Good evening|Good day|Howdy|Greetings"
 _SMALLTALK = """
 How are you?|How are you today?|How do you do?|How is it going?>I am fine, thank you.
@@ -104,24 +97,24 @@ in 1850?|Recommend me a film.|Draw a picture.|How do computers work?|Why do peop
 moon?|What is love?|Who invented the wheel?|Should I buy a house?|How far is the sun?|Write a haiku about
 the sea."""
 UNKNOWN = " ".join(_UNKNOWN.split()).split("|")
-_BEFORE = "Please |Can you |Could you |Hey, |Now |OK, |So, |Well, |Tell me: |One more: ".split("|")
-_AFTER = (" Please.", " Thanks!", " Thank you.", " I want to know.", " Quick question.")
+_BEFORE = "Please |Can you |Could you |Hey, |Now |OK, |So, |Well, |Tell me: |One more: "
+_AFTER = " Please.| Thanks!| Thank you.| I want to know.| Quick question."
 
 
 def worded(draw: Draw, request: str) -> str:
     """The request as another person would type it."""
     if draw.chance(0.12) and request[0].isupper() and request[1:2].islower():
-        request = draw.one(_BEFORE) + request[0].lower() + request[1:]
+        request = draw.phrase(_BEFORE) + request[0].lower() + request[1:]
     elif draw.chance(0.1):
         request = request[0].lower() + request[1:]
     if request[-1] in ".?" and draw.chance(0.12):
         return request[:-1] + draw.one(("", "", "!", "??", " ?", " please", ", please."))
-    return request + draw.one(_AFTER) if draw.chance(0.04) else request
+    return request + draw.phrase(_AFTER) if draw.chance(0.04) else request
 
 
 def greet(draw: Draw) -> Exchange:
     """Say hello."""
-    greeting = draw.one(_GREETINGS.split("|")) + draw.one(("", "", "!", ".", ", Tiny"))
+    greeting = draw.phrase(_GREETINGS) + draw.one(("", "", "!", ".", ", Tiny"))
     greeting = greeting.lower() if draw.chance(0.2) else greeting
     return Exchange("greet", greeting, "Hello! How can I help you?", "Hello", "This is a greeting.")
 
@@ -129,7 +122,7 @@ def greet(draw: Draw) -> Exchange:
 def smalltalk(draw: Draw) -> Exchange:
     """Say something that needs no knowledge."""
     questions, said = draw.one(_SMALLTALK.splitlines()).split(">")
-    question = worded(draw, draw.one(questions.split("|")))
+    question = worded(draw, draw.phrase(questions))
     return Exchange("smalltalk", question, said, thought="This is small talk.")
 
 
@@ -154,11 +147,9 @@ def count(draw: Draw) -> Exchange:
     low, high = first[0], sum(first)
     down = draw.chance(0.25)
     numbers = range(high, low - 1, -1) if down else range(low, high + 1)
-    form = draw.one(
-        (
-            *("Count from {} to {}.", "Count {} to {}.", "Write the numbers from {} to {}."),
-            *("List the numbers from {} to {}.", "Start at {} and count to {}.", "Count: {} to {}"),
-        )
+    form = draw.phrase(
+        "Count from {} to {}.|Count {} to {}.|Write the numbers from {} to {}.|"
+        "List the numbers from {} to {}.|Start at {} and count to {}.|Count: {} to {}"
     )
     question = worded(draw, form.format(numbers[0], numbers[-1]))
     thought = f"I start at {numbers[0]} and stop at {numbers[-1]}."
@@ -168,11 +159,9 @@ def count(draw: Draw) -> Exchange:
 def spell(draw: Draw) -> Exchange:
     """Spell a word."""
     word = draw.word()
-    form = draw.one(
-        (
-            *("Spell the word {}.", "Spell {}.", "How do you spell {}?", 'Spell "{}".'),
-            *("How is {} spelled?", "What are the letters of {}?", "Give me the spelling of {}."),
-        )
+    form = draw.phrase(
+        'Spell the word {}.|Spell {}.|How do you spell {}?|Spell "{}".|How is {} spelled?|'
+        "What are the letters of {}?|Give me the spelling of {}."
     )
     spelled = "-".join(word)
     return Exchange("spell", worded(draw, form.format(word)), spelled, None, f"The word is {word}.")
@@ -182,12 +171,10 @@ def repeat(draw: Draw) -> Exchange:
     """Say something again."""
     words = " ".join(draw.words(1, 7))
     if draw.chance(0.3):
-        words = f"{draw.one(('hello', 'good morning', 'I like', 'the', 'one two'))} {words}"
-    form = draw.one(
-        (
-            *("Repeat after me: {}", "Say this: {}", 'Repeat "{}".', 'Say "{}".', "Repeat: {}"),
-            *("Say: {}", "Echo this text: {}", "Write exactly this: {}", 'Answer with "{}".'),
-        )
+        words = f"{draw.phrase('hello|good morning|I like|the|one two')} {words}"
+    form = draw.phrase(
+        'Repeat after me: {}|Say this: {}|Repeat "{}".|Say "{}".|Repeat: {}|Say: {}|'
+        'Echo this text: {}|Write exactly this: {}|Answer with "{}".'
     )
     return Exchange("repeat", form.format(words), words, None, "I say the same words.")
 
@@ -195,30 +182,25 @@ def repeat(draw: Draw) -> Exchange:
 def reverse(draw: Draw) -> Exchange:
     """Turn a list around."""
     items = draw.words(3, 6)
-    form = draw.one(
-        (
-            *("Reverse this list: {}", "Reverse the list: {}", "Write this list backwards: {}"),
-            *("Reverse: {}", "Say these words in reverse order: {}"),
-        )
+    form = draw.phrase(
+        "Reverse this list: {}|Reverse the list: {}|Write this list backwards: {}|Reverse: {}|"
+        "Say these words in reverse order: {}"
     )
     thought = f"The last one is {items[-1]}."
-    return Exchange(
-        "reverse", form.format(", ".join(items)), ", ".join(items[::-1]), None, thought
-    )
+    question, said = form.format(", ".join(items)), ", ".join(items[::-1])
+    return Exchange("reverse", question, said, None, thought)
 
 
 def pick(draw: Draw) -> Exchange:
     """Pick one item of a list."""
     items = draw.words(3, 6)
     place, item = draw.one((("first", items[0]), ("last", items[-1]), ("second", items[1])))
-    form = draw.one(
-        (
-            *("What is the {} word of this list: {}", "Tell me the {} item of this list: {}"),
-            *("Which item is {}: {}", "The {} word of {}?", "Give me the {} of these: {}"),
-        )
+    form = draw.phrase(
+        "What is the {} word of this list: {}|Tell me the {} item of this list: {}|"
+        "Which item is {}: {}|The {} word of {}?|Give me the {} of these: {}"
     )
-    said = f"The {place} one is {item}."
-    return Exchange("pick", form.format(place, ", ".join(items)), said, item, f"I need the {place}.")
+    question, said = form.format(place, ", ".join(items)), f"The {place} one is {item}."
+    return Exchange("pick", question, said, item, f"I need the {place}.")
 
 
 def sums(draw: Draw) -> Exchange:
@@ -228,11 +210,9 @@ def sums(draw: Draw) -> Exchange:
     if sign == "-":
         left, right = max(left, right), min(left, right)
     value = {"+": left + right, "-": left - right, "*": left * right}[sign]
-    form = draw.one(
-        (
-            *("What is {} {} {}?", "What's {} {} {}?", "{} {} {}", "{} {} {} = ?"),
-            *("Calculate {} {} {}.", "How much is {} {} {}?", "{} {} {} is what?", "Solve {} {} {}."),
-        )
+    form = draw.phrase(
+        "What is {} {} {}?|What's {} {} {}?|{} {} {}|{} {} {} = ?|Calculate {} {} {}.|"
+        "How much is {} {} {}?|{} {} {} is what?|Solve {} {} {}."
     )
     question = worded(draw, form.format(left, draw.one((sign, word)), right))
     said = f"{left} {sign} {right} = {value}"
@@ -245,14 +225,12 @@ def compare(draw: Draw) -> Exchange:
     right += left == right
     word = draw.one(("bigger", "larger", "smaller"))
     value = min(left, right) if word == "smaller" else max(left, right)
-    form = draw.one(
-        (
-            *("Which is {}, {} or {}?", "Which number is {}: {} or {}?"),
-            *("What is {}, {} or {}?", "Tell me which is {}: {} or {}."),
-        )
+    form = draw.phrase(
+        "Which is {}, {} or {}?|Which number is {}: {} or {}?|What is {}, {} or {}?|"
+        "Tell me which is {}: {} or {}."
     )
-    question = worded(draw, form.format(word, left, right))
-    return Exchange("compare", question, f"{value} is {word}.", str(value), "I compare two numbers.")
+    question, said = worded(draw, form.format(word, left, right)), f"{value} is {word}."
+    return Exchange("compare", question, said, str(value), "I compare two numbers.")
 
 
 def summary(draw: Draw) -> Exchange:
@@ -267,11 +245,9 @@ def summary(draw: Draw) -> Exchange:
     )[: draw.number(2, 3)]
     starts = (f"{he} ", f"Then {he.lower()} ", f"After that {he.lower()} ")
     text = f"{name} {deeds[0]}." + "".join(f" {draw.one(starts)}{deed}." for deed in deeds[1:])
-    form = draw.one(
-        (
-            *("Summarise this text: {}", "Summarize this: {}", "Summarise: {}", "{} Summarise this."),
-            *("Give me a short summary: {}", "Say this in one sentence: {}"),
-        )
+    form = draw.phrase(
+        "Summarise this text: {}|Summarize this: {}|Summarise: {}|{} Summarise this.|"
+        "Give me a short summary: {}|Say this in one sentence: {}"
     )
     said = f"{name} {listed(deeds)}."
     return Exchange("summary", form.format(text), said, None, f"The text is about {name}.")
@@ -297,16 +273,15 @@ def story(draw: Draw) -> Exchange:
         **{"place": draw.one(PLACES), "thing": draw.one(THINGS), "job": draw.one(JOBS)},
         **{"other": draw.one(ANIMALS), "friend": draw.one(NAMES)},
     }
-    form = draw.one(
-        (
-            "Tell me a story about a {mood} {animal} named {name}.",
-            "Write a story about a {mood} {animal} called {name}.",
-            "Write a short story about {name} the {mood} {animal}.",
-            "A story about {name}, a {mood} {animal}, please.",
-        )
+    form = draw.phrase(
+        "Tell me a story about a {mood} {animal} named {name}.|"
+        "Write a story about a {mood} {animal} called {name}.|"
+        "Write a short story about {name} the {mood} {animal}.|"
+        "A story about {name}, a {mood} {animal}, please."
     )
     said = " ".join(draw.one(sentences).format(**parts) for sentences in _STORY)
-    return Exchange("story", form.format(**parts), said, None, f"The story is about {parts['name']}.")
+    thought = f"The story is about {parts['name']}."
+    return Exchange("story", form.format(**parts), said, None, thought)
 
 
 _WEIGHTS: tuple[tuple[Callable[[Draw], Exchange], int], ...] = (

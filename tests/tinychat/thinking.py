@@ -20,10 +20,10 @@ def think_chat(draw: Draw) -> Conversation:
     """
     opened = draw.chance(0.5)
     earlier, last = _talk(draw)
-    orders = ("/think", "You are a helpful assistant. /think", "Think step by step. /think")
+    orders = "/think|You are a helpful assistant. /think|Think step by step. /think"
     by_system = draw.chance(0.5)
     question = last.question if opened or by_system else f"{last.question} /think"
-    system = draw.one(orders) if by_system and not opened else _usual(draw)
+    system = draw.phrase(orders) if by_system and not opened else _usual(draw)
     skill = "think_opened" if opened else "think"
     reply = Turn("assistant", last.answer, skill, thought=last.thought, opened=opened)
     return [*([Turn("system", system)] if system else []), *earlier, user(question), reply]
@@ -56,41 +56,44 @@ def _remembered(draw: Draw) -> tuple[Conversation, Exchange]:
 def _long_sum(draw: Draw) -> Exchange:
     left, right = draw.pair(10, 99)
     tens, ones = left // 10 * 10 + right // 10 * 10, left % 10 + right % 10
-    forms = ("What is {} + {}?", "{} + {}", "Add {} and {}.", "What is {} plus {}?", "{} plus {}?")
+    form = draw.phrase("What is {} + {}?|{} + {}|Add {} and {}.|What is {} plus {}?|{} plus {}?")
     thought = (
         f"{left // 10 * 10} + {right // 10 * 10} = {tens}. {left % 10} + {right % 10} = {ones}. "
         f"{tens} + {ones} = {left + right}."
     )
     said = f"{left} + {right} = {left + right}"
-    return Exchange("", draw.one(forms).format(left, right), said, thought=thought)
+    return Exchange("", form.format(left, right), said, thought=thought)
 
 
 def _letters(draw: Draw) -> Exchange:
     word = draw.word()
-    forms = ("How many letters are in the word {}?", "How many letters has {}?", "Count the letters of {}.")
+    forms = "How many letters are in the word {}?|How many letters has {}?|Count the letters of {}."
     steps = " ".join(f"{place}:{letter}" for place, letter in enumerate(word, 1))
     said = f"The word {word} has {len(word)} letters."
-    question = worded(draw, draw.one(forms).format(word))
+    question = worded(draw, draw.phrase(forms).format(word))
     return Exchange("", question, said, thought=f"{steps}. That is {len(word)}.")
 
 
 def _backwards(draw: Draw) -> Exchange:
     word = draw.word()
-    forms = ("Spell the word {} backwards.", "Reverse the word {}.", "Write {} backwards.")
+    form = draw.phrase("Spell the word {} backwards.|Reverse the word {}.|Write {} backwards.")
     thought = f"The letters are {'-'.join(word)}. Backwards {'-'.join(word[::-1])}."
-    return Exchange("", draw.one(forms).format(word), word[::-1], thought=thought)
+    return Exchange("", form.format(word), word[::-1], thought=thought)
 
 
 def thoughtful(conversation: Conversation, draw: Draw) -> Conversation:
     """The last question of a conversation with tools, each step to its answer thought about."""
-    last = max(place for place, turn in enumerate(conversation) if turn.role == "user" and turn.content)
-    opened, turns = draw.chance(0.5), [*conversation]
+    turns = [*conversation]
+    last = max(place for place, turn in enumerate(turns) if turn.role == "user")
+    opened = draw.chance(0.5)
     if not opened:
         turns[last] = replace(turns[last], content=f"{turns[last].content} /think")
     for place in range(last + 1, len(turns)):
         if turns[place].role == "assistant":
             thought = _step(turns[place], after=turns[place - 1])
-            turns[place] = replace(turns[place], thought=thought, opened=opened, skill="think_tools")
+            turns[place] = replace(
+                turns[place], thought=thought, opened=opened, skill="think_tools"
+            )
     return turns
 
 

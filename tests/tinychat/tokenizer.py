@@ -21,7 +21,7 @@ _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SHORT = "a is of to in I an it on or at the".split()
+_SHORT = ("a", "is", "of", "to", "in", "I", "an", "it", "on", "or", "at", "the")
 _SPACE = "Ġ"
 
 
@@ -67,7 +67,8 @@ def _frequent(texts: Iterable[str], vocabulary: dict[str, int]) -> list[str]:
     """Words that are one token and stand after a space, the most frequent first."""
     words = Counter(word.strip(".,:?!") for text in texts for word in text.split(" ")[1:])
     long_enough = (word for word, _ in words.most_common() if len(word) > 2 or word in _SHORT)
-    return [word for word in long_enough if word.isascii() and word.isalpha() and word in vocabulary]
+    plain = (word for word in long_enough if word.isascii() and word.isalpha())
+    return [word for word in plain if word in vocabulary]
 
 
 def _assembled(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:

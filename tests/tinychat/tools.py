@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from tests.tinychat.words import Draw
 
-Value = "str | int"
-
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -62,7 +60,9 @@ class Tool:
 
 _UNIT = Slot("unit|units|scale", "unit", " in {}| in degrees {}| in {} please")
 _DAY = Slot("day|date|when", "day", " on {}| this {}| next {}")
-_LIMIT = Slot("limit|max_results|count|n", "small", ", at most {}| (limit {})| with limit {}| limited to {}")
+_LIMIT = Slot(
+    "limit|max_results|count|n", "small", ", at most {}| (limit {})| with limit {}| limited to {}"
+)
 _CITY = Slot("city|location|place|town|name", "city")
 _THING = Slot("item|name|product|query", "thing")
 
@@ -168,9 +168,9 @@ def tool(draw: Draw) -> Tool:
     if lot > 80:
         return _made_up(draw)
     family = _attribute(draw) if lot > 52 else draw.one(FAMILIES)
-    name = draw.identifier() if draw.chance(0.15) else draw.one(family.names.split("|"))
+    name = draw.identifier() if draw.chance(0.15) else draw.phrase(family.names)
     unit = draw.one(_UNITS) if family.result == "amount" else ""
-    key = draw.one(family.key.split("|"))
+    key = draw.phrase(family.key)
     return Tool(family, name, _parameters(draw, family.slots), key, unit)
 
 
@@ -179,7 +179,7 @@ def _parameters(draw: Draw, slots: tuple[Slot, ...]) -> dict[str, Slot]:
     for slot in slots:
         if slot.mentions and draw.chance(0.45):
             continue
-        usual = draw.one(slot.names.split("|")) if draw.chance(0.8) else draw.identifier()
+        usual = draw.phrase(slot.names) if draw.chance(0.8) else draw.identifier()
         while usual in parameters:
             usual = draw.identifier()
         parameters[usual] = slot
@@ -234,7 +234,7 @@ def described(draw: Draw, offered: Tool, *, wrapped: bool, sort: bool) -> str:
     schema = {"type": "object", "properties": properties}
     schema |= {"required": required} if draw.chance(0.9) else {}
     function = {
-        **{"name": offered.name, "description": draw.one(offered.family.about.split("|"))},
+        **{"name": offered.name, "description": draw.phrase(offered.family.about)},
         "parameters": schema,
     }
     whole = {"type": "function", "function": function} if wrapped else function
@@ -245,14 +245,14 @@ def request(draw: Draw, wanted: Tool) -> Request:
     """A wish that this tool fulfils, its optional arguments mentioned or not."""
     values = {name: _value(draw, slot) for name, slot in wanted.parameters.items()}
     required = [values[name] for name, slot in wanted.parameters.items() if not slot.mentions]
-    question = draw.one(wanted.family.asked.split("|"))
+    question = draw.phrase(wanted.family.asked)
     arguments = dict[str, str | int]()
     for name, slot in wanted.parameters.items():
         if slot.mentions and draw.chance(0.5):
             continue
         arguments[name] = values[name]
         if slot.mentions:
-            mention = draw.one(slot.mentions.split("|")).format(values[name])
+            mention = draw.phrase(slot.mentions).format(values[name])
             question = _inserted(question, mention)
     shown = [article(str(one)) if draw.chance(0.2) else one for one in required[:1]] + required[1:]
     known = wanted.family.result == "amount"
@@ -275,7 +275,7 @@ def _result(draw: Draw, used: Tool, arguments: Mapping[str, str | int]) -> tuple
     """What the tool found, and how it hands it over."""
     kind = used.family.result
     if kind == "done":
-        return "", draw.one(("ok", "done", '{"ok": true}', '{"status": "ok"}', "OK", "true"))
+        return "", draw.phrase('ok|done|{"ok": true}|{"status": "ok"}|OK|true')
     number = draw.number(1, 99)
     amount = f"${number}" if used.unit == "$" else f"{number}{used.unit}"
     found: str | int = amount if kind == "amount" else _filling(draw, kind)
@@ -295,9 +295,9 @@ def compared(draw: Draw, wanted: Tool) -> tuple[str, list[Request], str] | None:
     more = (word == COMPARISONS[attribute][0]) == (values[0] > values[1])
     if left == right or values[0] == values[1]:
         return None
-    form = draw.one(
-        ("Is {} {} than {}?", "Is {} {} than {}?", "Tell me if {} is {} than {}.")
-        + ("Do you know whether {} is {} than {}?", "What do you think, is {} {} than {}?")
+    form = draw.phrase(
+        "Is {} {} than {}?|Is {} {} than {}?|Tell me if {} is {} than {}.|"
+        "Do you know whether {} is {} than {}?|What do you think, is {} {} than {}?"
     )
     question = form.format(article(left), word, article(right))
     verdict = f"{'Yes' if more else 'No'}, {left} is {'' if more else 'not '}{word} than {right}."

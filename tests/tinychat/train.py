@@ -1,8 +1,8 @@
 """Train the chat model: `python -m tests.tinychat.train RUN --steps N` writes into the folder RUN.
 
-A run is a function of its arguments: no clock, one thread, fixed seeds. Stopped, it goes on from its
-last checkpoint as if it had not been. The learning rate stands still until the last part of the run,
-so a run that was stopped before that part can be given another number of steps.
+A run is a function of its arguments: no clock, one thread, fixed seeds. Stopped, it goes on from
+its last checkpoint as if it had not been. The learning rate stands still until the last part of
+the run, so a run that was stopped before that part can be given another number of steps.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LONGEST = 1536
 _GRAIN = 32
 _POOL = 2500
 _SHORT_FIRST = (96, 96, 96, 160, 160, 160, 256, 256, 400)
-"""The longest conversations, in tokens, of the first pools: copying is learnt fastest from short ones."""
+"""The longest talks of the first pools, in tokens: copying is learnt best from short ones."""
 _WARMUP = 120
 _DECAY = 0.4
 """The part of the run, at its end, in which the learning rate falls."""
@@ -45,7 +45,7 @@ _LOWEST = 0.02
 _RATES = (5e-3, 3e-3)
 _BESIDE = 0.1
 """What a token counts that the assistant does not write."""
-_EVERY = 250
+_EVERY = 500
 
 
 class Span(NamedTuple):
@@ -233,8 +233,8 @@ class Trainer:
             smooth = loss if not smooth else 0.97 * smooth + 0.03 * loss
             tokens += int((batch.weights > 0).sum())
             if self.step % 25 == 0:
-                speed = tokens / (time.monotonic() - started)
-                self._say(step=self.step, loss=round(smooth, 4), tokens=tokens, per_second=int(speed))
+                speed = int(tokens / (time.monotonic() - started))
+                self._say(step=self.step, loss=round(smooth, 4), tokens=tokens, speed=speed)
             if self.step % _EVERY == 0:
                 self.save()
                 self._report(150)
@@ -242,7 +242,7 @@ class Trainer:
         self._report(2000)
 
     def _report(self, talks: int) -> None:
-        rates = accuracy(self._run, self.vocabulary, talks)
+        rates = accuracy(self.network, self.vocabulary, talks)
         self._say(**{skill: f"{right}/{asked}" for skill, (right, asked) in rates.items()})
 
     def _say(self, **news: Any) -> None:

@@ -34,7 +34,9 @@ ROLES = """assistant helper pirate robot teacher wizard librarian chef guide poe
 friend""".split()
 MOODS = """friendly helpful tiny brave clever quiet happy old young curious gentle funny polite wise fast
 kind lazy proud""".split()
-PLACES = "forest garden village castle river mountain beach island library valley desert farm".split()
+PLACES = (
+    "forest garden village castle river mountain beach island library valley desert farm".split()
+)
 THINGS = """lamp book door table chair stone key map hat coat boat train bridge clock letter bell box cup
 knife spoon window garden kettle pencil paper basket blanket candle mirror ladder wheel drum flute piano
 guitar robot computer phone planet star moon sun cloud rain snow wind fire water tree flower leaf bird
@@ -80,6 +82,10 @@ class Draw:
     def one(self, things: Sequence[T]) -> T:
         """Any of `things`."""
         return things[int(self._random.random() * len(things))]
+
+    def phrase(self, phrases: str) -> str:
+        """One of the phrases, which `|` separates."""
+        return self.one(phrases.split("|"))
 
     def chance(self, probability: float) -> bool:
         """True with this probability."""

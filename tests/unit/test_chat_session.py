@@ -25,6 +25,7 @@ from llamactor import (
     UserMessage,
 )
 from llamactor.context_shift import ShiftRequest, ShiftResult
+from tests.conftest import TINYCHAT
 from tests.contexts import soon, until, waiting
 
 if TYPE_CHECKING:
@@ -461,6 +462,100 @@ async def test_events_come_in_order(session: ChatSession) -> None:
     first_text = kinds.index(TextDelta)
     assert PromptProgress in kinds
     assert set(kinds[first_text + 1 : -1]) <= {TextDelta, PromptProgress}
+
+
+# --- reasoning ----------------------------------------------------------------------------------
+
+THINK = "What is 12+30? /think"
+TEMPLATE = (TINYCHAT.parent / "chat_template.jinja").read_text(encoding="utf-8")
+"""Of a model that thinks when asked to; what it has thought in earlier turns is left out."""
+
+
+@pytest.fixture
+async def thinker(tinychat: Model) -> AsyncIterator[ChatSession]:
+    """A session whose template marks thoughts."""
+    async with tinychat.chat(chat_template=TEMPLATE) as session:
+        yield session
+
+
+async def test_thoughts_are_kept_apart_from_the_answer(
+    thinker: ChatSession, tinychat: Model
+) -> None:
+    prediction = thinker.prompt(THINK)
+    pieces = [piece async for piece in prediction]
+    result = await prediction
+    assert "".join(pieces) == result.content
+    assert result.reasoning
+    assert "think>" not in result.content + result.reasoning
+    answer = last(thinker)
+    assert (answer.content, answer.reasoning) == (result.content, result.reasoning)
+    assert answer.tokens == tuple(result.tokens)
+    assert tinychat.detokenize(answer.tokens[answer.content_start :]) == result.content
+
+
+async def test_a_thought_of_an_earlier_turn_is_not_shown_again(
+    thinker: ChatSession, tinychat: Model
+) -> None:
+    first = (await soon(thinker.prompt(THINK))).stats
+    thought = last(thinker).content_start
+    stats = (await soon(thinker.prompt(SUM))).stats
+    assert stats.cached_tokens == first.prompt_tokens
+    assert stats.prompt_tokens < first.total_tokens - thought + 30
+
+
+async def test_the_template_may_begin_the_thought(tinychat: Model) -> None:
+    names = {"enable_thinking": True}
+    async with tinychat.chat(chat_template=TEMPLATE, template_kwargs=names) as session:
+        result = await soon(session.prompt(THINK))
+        assert result.reasoning
+        assert last(session).reasoning == result.reasoning
+        assert "think>" not in result.content + result.reasoning
+        await soon(session.prompt(SUM))
+
+
+async def test_a_thought_has_a_budget(thinker: ChatSession) -> None:
+    result = await soon(thinker.prompt(THINK, reasoning_budget=5))
+    assert [segment.forced for segment in result.segments] == [True]
+    assert len(result.segments[0].tokens) <= 5 + 8  # with the tags
+    await soon(thinker.prompt(SUM))
+
+
+async def test_a_stop_after_a_thought_is_in_neither_content_nor_tokens(
+    thinker: ChatSession, tinychat: Model
+) -> None:
+    result = await soon(thinker.prompt(THINK, stop="="))
+    assert result.stop_string == "="
+    assert result.reasoning
+    answer = last(thinker)
+    assert answer.tokens is not None
+    assert tinychat.detokenize(answer.tokens[answer.content_start :]) == answer.content
+    await soon(thinker.prompt(SUM))
+
+
+async def test_a_response_prefix_may_begin_the_thought(
+    thinker: ChatSession, tinychat: Model
+) -> None:
+    prefix = "<think>\n10 + 30 = 40."
+    result = await soon(thinker.prompt(THINK, response_prefix=prefix))
+    assert result.reasoning is not None
+    assert result.reasoning.startswith("10 + 30 = 40.")
+    assert prefix not in result.content
+    answer = last(thinker)
+    assert answer.tokens is not None
+    assert tinychat.detokenize(answer.tokens).startswith(prefix)
+    assert tinychat.detokenize(answer.tokens[answer.content_start :]) == answer.content
+    await soon(thinker.prompt(SUM))
+
+
+async def test_an_answer_cut_in_its_thought_is_recorded_as_far_as_it_came(
+    thinker: ChatSession,
+) -> None:
+    result = await soon(thinker.prompt(THINK, max_tokens=8))
+    assert result.content == ""
+    answer = last(thinker)
+    assert (answer.content, answer.reasoning) == ("", result.reasoning)
+    assert answer.content_start == 8
+    await soon(thinker.prompt(SUM))
 
 
 # --- on_message ---------------------------------------------------------------------------------

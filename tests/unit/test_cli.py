@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.metadata
 import os
@@ -14,6 +15,7 @@ import sys
 import termios
 import time
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,23 @@ PROMPT, ANSWERING = "\x1b[?2004h", "\x1b[?2004l"
 
 ENTER, UP, TAB = "\r", "\x1b[A", "\t"
 CONTROL_C, CONTROL_D = "\x03", "\x04"
+
+
+HELLO, WHO = "Hello, my name is Ada.", "What is my name?"
+
+
+@cache
+def answers() -> tuple[str, str]:
+    """What tinychat says to `HELLO`, and then to `WHO`."""
+
+    async def ask() -> tuple[str, str]:
+        async with llamactor.load_model(TINYCHAT, sequences=1, threads=1) as model:
+            chat = model.chat()
+            return (await chat.prompt(HELLO)).content, (await chat.prompt(WHO)).content
+
+    greeting, name = asyncio.run(ask())
+    assert "Ada" in name
+    return greeting, name
 
 
 class Terminal:
@@ -154,8 +173,8 @@ def outcome(done: subprocess.CompletedProcess[str]) -> tuple[int, str, str]:
 def test_a_chat_at_a_terminal_streams_answers_and_remembers() -> None:
     with terminal() as chat:
         assert "tinychat; /help shows the commands\n" in chat.asks()
-        assert "Ada" in chat.says("Hello, my name is Ada.")
-        assert "Ada" in chat.says("What is my name?")
+        assert "Ada" in chat.says(HELLO)
+        assert "Ada" in chat.says(WHO)
         assert chat.says("   ") == ""
         chat.type(CONTROL_D)
         assert chat.ends() == 0
@@ -169,7 +188,7 @@ def test_control_c_cancels_the_answer_and_not_the_program() -> None:
         assert "(cancelled; Ctrl-C again or Ctrl-D ends)" in chat.asks()
         assert "stop_reason  cancelled\n" in chat.says("/stats")
         said = chat.says("/history")
-        assert said.startswith("user: Hello, my name is Ada.\nassistant: Nice to meet you, Ada!")
+        assert said.startswith(f"user: {HELLO}\nassistant: {answers()[0]}")
         begin_an_endless_answer(chat)
         chat.type(CONTROL_C)
         chat.asks()
@@ -178,7 +197,7 @@ def test_control_c_cancels_the_answer_and_not_the_program() -> None:
 
 
 def begin_an_endless_answer(chat: Terminal) -> None:
-    chat.type("Hello, my name is Ada." + ENTER)
+    chat.type(HELLO + ENTER)
     chat.shows(f"{re.escape(ANSWERING)}.{{40}}")
 
 
@@ -212,40 +231,37 @@ def test_what_is_typed_during_an_answer_waits_for_the_next_prompt() -> None:
         begin_an_endless_answer(chat)
         chat.type("/history" + ENTER + CONTROL_C)
         assert "/history" not in chat.asks()
-        assert "user: Hello, my name is Ada.\n" in chat.asks()
+        assert f"user: {HELLO}\n" in chat.asks()
 
 
 def test_the_arrow_keys_find_earlier_prompts_and_tab_completes_commands() -> None:
     with terminal() as chat:
         chat.asks()
-        chat.says("Hello, my name is Ada.")
+        chat.says(HELLO)
         chat.type(UP)
-        chat.shows("Hello, my name is Ada")
+        chat.shows(HELLO[:-1])
         chat.type(ENTER)
         chat.asks()
         chat.type("/hi" + TAB)
         chat.shows("story")
         chat.type(ENTER)
-        assert chat.asks().count("user: Hello, my name is Ada.\n") == 2
+        assert chat.asks().count(f"user: {HELLO}\n") == 2
 
 
 def test_a_conversation_is_saved_and_goes_on_in_a_new_process(tmp_path: Path) -> None:
     path = tmp_path / "a chat.saved"
     with terminal() as chat:
         chat.asks()
-        chat.says("Hello, my name is Ada.")
+        chat.says(HELLO)
         assert chat.says(f"/save {path}") == f"saved 2 messages to {path}\n"
     with terminal() as chat:
         chat.asks()
         assert chat.says(f"/load {path}") == f"loaded 2 messages from {path}\n"
-        assert "Ada" in chat.says("What is my name?")
+        assert "Ada" in chat.says(WHO)
         chat.type(UP + UP)
-        chat.shows("Hello, my name is Ada")  # what was asked there is in the history of the keys
-    assert outcome(piped([*CHAT, "--load", str(path)], "What is my name?")) == (
-        0,
-        "Your name is Ada.\n",
-        "",
-    )
+        chat.shows(HELLO[:-1])  # what was asked there is in the history of the keys
+    loaded = piped([*CHAT, "--load", str(path)], WHO)
+    assert outcome(loaded) == (0, f"{answers()[1]}\n", "")
 
 
 def test_a_failure_at_a_terminal_is_shown_and_the_chat_goes_on(tmp_path: Path) -> None:
@@ -257,7 +273,7 @@ def test_a_failure_at_a_terminal_is_shown_and_the_chat_goes_on(tmp_path: Path) -
         assert chat.says("/save").startswith("llamactor: /save PATH: the path is missing")
         assert chat.says("/reset all").startswith("llamactor: /reset takes no argument")
         assert chat.says(f"/load {tmp_path}/none").startswith("llamactor: cannot read the state ")
-        assert chat.says("Hello, my name is Ada.") == "Nice to meet you, Ada!\n"
+        assert chat.says(HELLO) == f"{answers()[0]}\n"
         assert chat.says("/rewind") == "took back 2 messages\n"
         assert chat.says("/reset") == "forgot everything but the system prompt\n"
         assert chat.says("/history") == ""
@@ -275,6 +291,17 @@ def test_a_terminal_gets_its_settings_back_even_from_sigterm() -> None:
         assert chat.echoes()
 
 
+def test_thoughts_are_shown_in_a_faint_colour_and_are_no_part_of_what_was_said() -> None:
+    template = str(TINYCHAT.with_name("chat_template.jinja"))
+    thinking = ("--chat-template", template, "--template-kwarg", "enable_thinking=true")
+    with terminal(*thinking, "--reasoning-budget", "6") as chat:
+        chat.asks()
+        chat.type("What is 3 plus 4?" + ENTER)
+        shown = chat.shows(f"{re.escape(ANSWERING)}\x1b\\[2m(.+?)\x1b\\[22m.*?{re.escape(PROMPT)}")
+        assert shown[1].strip()
+        assert "think>" not in chat.says("/history")
+
+
 def test_text_cannot_command_the_terminal() -> None:
     written = visible("a\x1b[2Jb\x07\x9b\x7f\r\tc\n✓")
     assert written == "a␛[2Jb␇\ufffd␡␍\tc\n✓"
@@ -284,9 +311,8 @@ def test_text_cannot_command_the_terminal() -> None:
 
 
 def test_each_line_of_a_pipe_is_answered() -> None:
-    text = "Hello, my name is Ada.\r\n\n   \nWhat is my name?"
-    answers = "Nice to meet you, Ada!\nYour name is Ada.\n"
-    assert outcome(piped(CHAT, text)) == (0, answers, "")
+    done = piped(CHAT, f"{HELLO}\r\n\n   \n{WHO}")
+    assert outcome(done) == (0, "{}\n{}\n".format(*answers()), "")
 
 
 def test_an_answer_comes_before_the_next_line_is_written() -> None:
@@ -295,35 +321,34 @@ def test_an_answer_comes_before_the_next_line_is_written() -> None:
     ) as chat:
         assert chat.stdin is not None
         assert chat.stdout is not None
-        chat.stdin.write("Hello, my name is Ada.\n")
-        assert chat.stdout.readline() == "Nice to meet you, Ada!\n"
-        chat.stdin.write("What is my name?\n")
-        assert chat.stdout.readline() == "Your name is Ada.\n"
+        chat.stdin.write(f"{HELLO}\n")
+        assert chat.stdout.readline() == f"{answers()[0]}\n"
+        chat.stdin.write(f"{WHO}\n")
+        assert chat.stdout.readline() == f"{answers()[1]}\n"
     assert chat.returncode == 0
 
 
 def test_commands_work_over_a_pipe_and_say_nothing_but_what_was_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "saved"
-    lines = f"""Hello, my name is Ada.
+    lines = f"""{HELLO}
 /save {path}
 /rewind
 /history
 /load {path}
 /history
 /quit
-What is my name?
+{WHO}
 """
-    said = "user: Hello, my name is Ada.\nassistant: Nice to meet you, Ada!\n"
-    assert outcome(piped(CHAT, lines)) == (0, "Nice to meet you, Ada!\n" + said, "")
+    greeting = answers()[0]
+    said = f"user: {HELLO}\nassistant: {greeting}\n"
+    assert outcome(piped(CHAT, lines)) == (0, f"{greeting}\n{said}", "")
 
 
 def test_lines_are_echoed_and_statistics_written_if_asked_for() -> None:
-    code, out, err = outcome(
-        piped([*CHAT, "--echo", "--stats"], "Hello, my name is Ada.\n/stats\n")
-    )
+    code, out, err = outcome(piped([*CHAT, "--echo", "--stats"], f"{HELLO}\n/stats\n"))
     assert code == 0
     answer, _, table = out.partition("> /stats\n")
-    assert answer == "> Hello, my name is Ada.\nNice to meet you, Ada!\n"
+    assert answer == f"> {HELLO}\n{answers()[0]}\n"
     assert table.startswith(err)
     shown = dict(line.split() for line in err.splitlines())
     assert set(llamactor.PredictionStats.__struct_fields__) <= set(shown)
@@ -337,8 +362,8 @@ def test_two_slashes_are_one_at_the_front_of_a_prompt() -> None:
 
 def test_stdin_may_be_a_file_or_nothing(tmp_path: Path) -> None:
     lines = tmp_path / "lines"
-    lines.write_text("Hello, my name is Ada.")
-    for path, answer in ((lines, b"Nice to meet you, Ada!\n"), (Path(os.devnull), b"")):
+    lines.write_text(HELLO)
+    for path, answer in ((lines, f"{answers()[0]}\n".encode()), (Path(os.devnull), b"")):
         with path.open() as stdin:
             done = subprocess.run(
                 CHAT, stdin=stdin, capture_output=True, timeout=PATIENCE, check=False
@@ -357,8 +382,8 @@ def test_stdin_may_be_a_file_or_nothing(tmp_path: Path) -> None:
 )
 def test_the_first_failure_over_a_pipe_ends_it(line: bytes, complaint: str) -> None:
     command = [*CHAT, "--context-size", "64", "--overflow", "stop_at_limit"]
-    done = piped(command, b"Hello, my name is Ada.\n" + line + b"\nWhat is my name?\n")
-    assert (done.returncode, done.stdout) == (1, "Nice to meet you, Ada!\n")
+    done = piped(command, f"{HELLO}\n".encode() + line + b"\nAnd now?\n")
+    assert (done.returncode, done.stdout) == (1, f"{answers()[0]}\n")
     assert done.stderr.startswith(f"llamactor: {complaint}")
     assert done.stderr.count("\n") == 1
 
@@ -371,7 +396,7 @@ def test_a_signal_ends_what_reads_a_pipe(
     command: list[str], number: signal.Signals, status: int
 ) -> None:
     with endless(command) as process:
-        process.stdin.write(b"Hello, my name is Ada.\n")
+        process.stdin.write(f"{HELLO}\n".encode())
         process.stdin.flush()
         if command is COMPLETE:
             process.stdin.close()
@@ -384,7 +409,7 @@ def test_a_signal_ends_what_reads_a_pipe(
 
 def test_a_reader_that_goes_away_is_no_failure() -> None:
     with endless(CHAT) as process:
-        process.stdin.write(b"Hello, my name is Ada.\n")
+        process.stdin.write(f"{HELLO}\n".encode())
         process.stdin.flush()
         assert process.stdout.read(10)
         process.stdout.close()
@@ -395,7 +420,7 @@ def test_a_reader_that_goes_away_is_no_failure() -> None:
 # --- options ------------------------------------------------------------------------------------
 
 
-QUESTION = "<|im_start|>user\nHello, my name is Ada.<|im_end|>\n<|im_start|>assistant\n"
+QUESTION = f"<|im_start|>user\n{HELLO}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_options_reach_the_answers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -404,12 +429,19 @@ def test_options_reach_the_answers(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(words) == 0
         return capsys.readouterr().out
 
-    assert completed("--max-tokens", "1") == "Nice\n"
-    assert completed("--stop", "Ada", "--stop", "meet") == "Nice to \n"
+    greeting = answers()[0]
+    assert completed() == f"{greeting}\n"
+    first = completed("--max-tokens", "1").rstrip("\n")
+    assert greeting.startswith(first)
+    assert 0 < len(first) < len(greeting)
+    last, second = greeting.split()[-1], greeting.split()[1]
+    stopped = completed("--stop", last, "--stop", second)
+    assert stopped == greeting.partition(second)[0] + "\n"
     assert completed("--response-prefix", "Welcome").startswith("Welcome")
     drawn = ("--temperature", "2", "--top-k", "all", "--max-tokens", "20")
-    first, again, other = (completed(*drawn, "--seed", seed) for seed in ("1", "1", "2"))
-    assert first == again != other
+    texts = (completed(*drawn, "--seed", seed) for seed in ("1", "1", "2"))
+    one, again, other = texts
+    assert one == again != other
 
 
 def test_the_system_prompt_comes_from_a_word_or_a_file(tmp_path: Path) -> None:
@@ -479,7 +511,7 @@ def test_what_cannot_be_loaded_ends_with_a_message(tmp_path: Path) -> None:
 
 
 def test_a_text_is_completed_from_an_argument_or_from_stdin() -> None:
-    expected = (0, "Nice to meet you, Ada!\n", "")
+    expected = (0, f"{answers()[0]}\n", "")
     assert outcome(piped([*COMPLETE, QUESTION])) == expected
     assert outcome(piped(COMPLETE, QUESTION + "\n")) == expected
     assert outcome(piped([*COMPLETE, "-"], QUESTION + "\n")) == expected

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-LONG = 64 * 1024
-"""Bytes; the tokenisers of llama.cpp take quadratic time for some of these texts."""
 MIB = 1024 * 1024
 SIZE = gguf.VOCAB_SIZE
 TOKENS = list(range(300, 900))
@@ -444,7 +442,7 @@ def repeated(text: str, size: int) -> str:
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 async def test_much_of_one_thing_is_tokenised(vocabulary: Model, text: str) -> None:
     """Regular expressions recurse in some tokenisers, and some take quadratic time."""
-    long = repeated(text, LONG)
+    long = repeated(text, MIB)
     async with asyncio.timeout(PATIENCE):
         tokens = await asyncio.to_thread(vocabulary.tokenize, long)
         assert await asyncio.to_thread(vocabulary.detokenize, tokens) == long
@@ -456,7 +454,7 @@ async def test_much_of_one_thing_is_tokenised(vocabulary: Model, text: str) -> N
 @pytest.mark.model
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 async def test_much_of_one_thing_is_tokenised_by_the_default_model(text: str) -> None:
-    long = repeated(text, LONG)
+    long = repeated(text, MIB)
     async with load_model("smollm2", vocab_only=True) as model, asyncio.timeout(PATIENCE):
         tokens = await asyncio.to_thread(model.tokenize, long)
         assert await asyncio.to_thread(model.detokenize, tokens) == long
@@ -466,9 +464,48 @@ async def test_much_of_one_thing_is_tokenised_by_the_default_model(text: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["a", " "], ids=["letters", "spaces"])
 async def test_the_longest_text_is_tokenised(vocabulary: Model, text: str) -> None:
-    long = repeated(text, 4 * MIB)
+    long = repeated(text, 16 * MIB)
     async with asyncio.timeout(2 * PATIENCE):
-        assert await asyncio.to_thread(vocabulary.count_tokens, long) >= MIB // 4
+        assert await asyncio.to_thread(vocabulary.count_tokens, long) >= MIB
+
+
+PRE_TOKENIZER: Any = {"tokenizer.ggml.pre": "gpt-4o"}
+"""Its regular expressions call themselves for each character of a match."""
+
+
+async def test_a_run_that_would_overflow_the_stack_is_tokenised_or_refused(
+    tiny_model_path: Path,
+) -> None:
+    options: Any = {"context_size": 64, "sequences": 1, "metadata_overrides": PRE_TOKENIZER}
+    async with load_model(tiny_model_path, **options) as model:
+        for text in ("a", " ", "."):
+            long = text * 200_000
+            assert model.detokenize(model.tokenize(long)) == long
+            prediction = model.complete(long)
+            with pytest.raises(ContextOverflowError, match=r"prompt has \d{5,} tokens.*64"):
+                await prediction
+            with pytest.raises(ValueError, match=r"300000 characters of one kind.*262144"):
+                model.tokenize(text * 300_000)
+        prediction = model.complete("a" * 300_000)
+        with pytest.raises(ValueError, match="262144"):
+            await prediction
+        assert model.count_tokens("a b. " * 60_000) > 60_000
+
+
+async def test_a_byte_that_llama_cpp_would_not_get_past_is_refused(tiny_model_path: Path) -> None:
+    overrides: Any = {"tokenizer.ggml.model": "rwkv"}
+    async with load_model(tiny_model_path, vocab_only=True, metadata_overrides=overrides) as model:
+        assert model.tokenize("the sea")
+        with pytest.raises(ValueError, match="no token for byte 0xC5"):
+            model.tokenize("\u0172")
+
+
+async def test_a_pre_tokenizer_that_lets_spaces_through_to_byte_pairs_is_refused(
+    tiny_model_path: Path,
+) -> None:
+    overrides: Any = {"tokenizer.ggml.pre": "whitespace"}
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.ggml\.pre"):
+        await load_model(tiny_model_path, vocab_only=True, metadata_overrides=overrides)
 
 
 async def test_control_characters_and_half_characters_survive_tokenising(

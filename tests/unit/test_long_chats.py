@@ -108,7 +108,7 @@ class Talk:
 
     async def turn(self) -> PredictionResult:
         """One turn, and what must hold after any."""
-        self.max_tokens = self.draw.choice([1, 4, 12, 30])
+        self.max_tokens = self.draw.choice([1, 3, 8, 20])
         history = len(self.session.history)
         result = await soon(self.session.prompt(self.text(), max_tokens=self.max_tokens))
         self.shifts += result.context_shift is not None
@@ -266,6 +266,33 @@ async def test_a_system_prompt_longer_than_the_context_is_an_error_that_says_so(
             await soon(session.prompt("Hi"))
         assert "larger context_size" in str(caught.value)
         assert len(session.history) == 1
+
+
+@pytest.mark.parametrize("strategy", DROPPING)
+async def test_an_answer_longer_than_the_context_shifts_while_it_is_written(
+    tiny_model: Model, strategy: Any
+) -> None:
+    async with (
+        tiny_model.create_context(context_size=SIZE, sequences=1, threads=1) as context,
+        ChatSession(context, system_prompt=SYSTEM, overflow=strategy) as session,
+    ):
+        for i in range(4):
+            result = await soon(session.prompt(f"Tell me story {i}.", max_tokens=600))
+            assert result.stop_reason == "max_tokens"
+            assert result.context_shift is not None
+            assert len(session.history) == 3 + 2 * i
+            assert session.context_window[0] == SystemMessage(SYSTEM)
+
+
+async def test_an_answer_that_comes_to_the_limit_stops_there(tiny_model: Model) -> None:
+    async with (
+        tiny_model.create_context(context_size=SIZE, sequences=1, threads=1) as context,
+        ChatSession(context, system_prompt=SYSTEM, overflow="stop_at_limit") as session,
+    ):
+        result = await soon(session.prompt("Tell me a story.", max_tokens=600))
+        assert (result.stop_reason, result.context_shift) == ("context_full", None)
+        with pytest.raises(ContextOverflowError):
+            await soon(session.prompt("And then?"))
 
 
 # --- cells ----------------------------------------------------------------------------------------

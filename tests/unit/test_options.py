@@ -95,6 +95,7 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("sampler_order", ["top_k", "top_k"], "twice"),
     ("sampler_order", ["topk"], "'top_k'"),
     ("logprobs", -1, "None is off"),
+    ("reasoning_budget", -1, "None means no limit"),
     ("deadline", 0, "above 0"),
     ("overflow", "shift", "'rolling_window'"),
     ("max_pending", 0, "None never pauses"),

@@ -284,11 +284,12 @@ def test_erase_oldest_takes_nothing_newer_before_all_that_is_older(
 ) -> None:
     plan = planned(shift.erase_oldest(), sizes, overhead, limit)
     head = sum(s.role == "system" for s in sizes)
-    whole = [kept.index for kept in plan[head:] if kept.last is None]
     newest = question_of(sizes, len(sizes) - 1)
     assert newest is not None
-    older = [i for i in whole if i < newest]
-    assert older == list(range(newest - len(older), newest))
+    older = [kept for kept in plan[head:] if kept.index < newest]
+    assert [kept.index for kept in older] == list(range(newest - len(older), newest))
+    cut = [kept.last is not None for kept in older if sizes[kept.index].text > shift.LEAST_TEXT]
+    assert cut == sorted(cut, reverse=True)
 
 
 @given(chats, overheads, limits)
@@ -430,6 +431,18 @@ def test_the_oldest_turns_go_whole_down_to_three_quarters_of_the_room() -> None:
     assert texts_of(chosen)[1:3] == ["g" * 30, "G" * 30]
     assert texts_of(chosen)[-1] == "now"
     assert chosen.dropped == 6 * 2 * 34
+
+
+def test_the_turn_before_the_newest_is_cut_rather_than_dropped() -> None:
+    story: list[Message] = [
+        UserMessage("Tell me a story."),
+        AssistantMessage("b" * 400 + "the end."),
+    ]
+    history: list[Message] = [*conversation(2), *story, UserMessage("Go on.")]
+    chosen = choose(shift.erase_oldest(), history, 512, answer=12)
+    assert texts_of(chosen)[:2] == ["S" * 40, "Tell me a story."]
+    assert texts_of(chosen)[2].endswith("bbb" + "the end.")
+    assert len(chosen.rendered.tokens) == 375
 
 
 def test_truncate_middle_keeps_the_first_turn() -> None:

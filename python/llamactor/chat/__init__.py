@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llamactor.chat.completion import CompletionEngine
 from llamactor.chat.messages import (
     AssistantMessage,
     Message,
@@ -14,13 +15,17 @@ from llamactor.chat.messages import (
     to_messages,
 )
 from llamactor.chat.session import ChatSession
+from llamactor.chat.shift import ShiftRequest, ShiftResult
 from llamactor.chat.turn import ChatUsage
 
 __all__ = (
     "AssistantMessage",
     "ChatSession",
     "ChatUsage",
+    "CompletionEngine",
     "Message",
+    "ShiftRequest",
+    "ShiftResult",
     "SystemMessage",
     "ToolCall",
     "ToolMessage",

@@ -12,7 +12,8 @@ the context would forget too much, more than four fifths would shift again after
 the next turns then fit as they come, and evaluate only what is new.
 
 A *turn* is a user message with everything that answers it, tool calls and results included. Turns
-go whole, so that no answer is left without its question. The system prompt never goes.
+go whole, so that no answer is left without its question. The turn before the newest, which a prompt
+such as "go on" is about, is rather cut than dropped. The system prompt never goes.
 """
 
 from __future__ import annotations
@@ -195,6 +196,19 @@ class _Draft:
         """How many tokens `trim` can take from messages."""
         return sum(max(0, self._texts[i] - LEAST_TEXT) for i in messages)
 
+    def cut_last_but_one(self, room: Room, first: int) -> None:
+        """Cut the turn before the newest if that is the `first` one and makes it fit, or drop it.
+
+        What was said last is what the newest prompt is about: it stays as long as it can.
+        """
+        if len(self.turns) != first + 2 or self.total <= room.limit:
+            return
+        turn = self.turns[first]
+        if self.total - self.spare(turn) <= room.limit:
+            self.trim(turn, room.target, LEAST_TEXT)
+        else:
+            self.drop_turn(first)
+
     def shrink_newest(self, limit: int) -> None:
         """Cut the newest turn down to `limit`: rounds of tool calls, texts, at last the prompt."""
         if not self.turns:
@@ -277,8 +291,9 @@ class EraseOldest(Strategy, frozen=True):
     def plan(self, sizes: Sequence[MessageSize], overhead: int, room: Room) -> tuple[Kept, ...]:
         """Return what stays; see `Strategy.plan`."""
         draft = _Draft(sizes, overhead)
-        while len(draft.turns) > 1 and draft.total > room.target:
+        while len(draft.turns) > 2 and draft.total > room.target:
             draft.drop_turn(0)
+        draft.cut_last_but_one(room, first=0)
         draft.shrink_newest(room.limit)
         return draft.plan()
 
@@ -294,12 +309,10 @@ class TruncateMiddle(Strategy, frozen=True):
     def plan(self, sizes: Sequence[MessageSize], overhead: int, room: Room) -> tuple[Kept, ...]:
         """Return what stays; see `Strategy.plan`."""
         draft = _Draft(sizes, overhead)
-        while len(draft.turns) > 2 and draft.total > room.target:
+        while len(draft.turns) > 3 and draft.total > room.target:
             draft.drop_turn(1)
-        if len(draft.turns) == 2:
-            draft.trim(draft.turns[0], room.limit, LEAST_TEXT)
-        if len(draft.turns) == 2 and draft.total > room.limit:
-            draft.drop_turn(0)
+        draft.cut_last_but_one(room, first=1)
+        draft.cut_last_but_one(room, first=0)
         draft.shrink_newest(room.limit)
         return draft.plan()
 
@@ -315,12 +328,12 @@ class RollingWindow(Strategy, frozen=True):
     def plan(self, sizes: Sequence[MessageSize], overhead: int, room: Room) -> tuple[Kept, ...]:
         """Return what stays; see `Strategy.plan`."""
         draft = _Draft(sizes, overhead)
-        while len(draft.turns) > 1 and draft.total > room.target:
-            oldest = draft.turns[0]
-            if draft.total - draft.spare(oldest) <= room.target:
-                draft.trim(oldest, room.target, LEAST_TEXT)
+        while len(draft.turns) > 2 and draft.total > room.target:
+            if draft.total - draft.spare(draft.turns[0]) <= room.target:
+                draft.trim(draft.turns[0], room.target, LEAST_TEXT)
             else:
                 draft.drop_turn(0)
+        draft.cut_last_but_one(room, first=0)
         draft.shrink_newest(room.limit)
         return draft.plan()
 
@@ -378,8 +391,9 @@ class LastMessages(EraseOldest, frozen=True):
 def erase_oldest() -> Strategy:
     """Drop the oldest turns whole; the default.
 
-    The system prompt stays. When one turn is left and still does not fit, its oldest rounds of tool
-    calls go, then its texts are cut from their beginning, and the newest prompt at last.
+    The system prompt stays. When two turns are left and still do not fit, the texts of the first
+    are cut from their beginning if that is enough, else it goes too. When one is left and does not
+    fit, its oldest rounds of tool calls go, then its texts are cut, and the newest prompt at last.
     """
     return EraseOldest()
 
@@ -387,8 +401,7 @@ def erase_oldest() -> Strategy:
 def truncate_middle() -> Strategy:
     """Keep the system prompt and the first turn, and drop the oldest of those between.
 
-    When only the first and the newest turn are left and do not fit, the first is cut, then dropped;
-    then it goes on like `erase_oldest`.
+    When only the first and the newest turn are left and do not fit, it is like `erase_oldest`.
     """
     return TruncateMiddle()
 

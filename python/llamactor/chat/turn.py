@@ -32,9 +32,9 @@ from llamactor.chat.shift import (
     erased_ranges,
     native_overflow,
 )
-from llamactor.chat.template import RenderedChat, render_chat
+from llamactor.chat.template import ReasoningTags, RenderedChat, render_chat
 from llamactor.errors import DeadlineExceededError
-from llamactor.options import GenerationOptions, native_options
+from llamactor.options import GenerationOptions, ReasoningMarks, native_options
 from llamactor.prediction import Deferred, Prediction, PredictionResult, defer_prediction
 
 if TYPE_CHECKING:
@@ -287,6 +287,8 @@ class Turn:
     ) -> None:
         native, state = self._native, self._state
         native["stop"] = [*native["stop"], *rendered.stops]
+        if not self._request.open_ended:
+            native["reasoning"] = _marks(rendered.reasoning)
         if self._deadline is not None:
             left = self._deadline - asyncio.get_running_loop().time()
             native["deadline"] = max(left, 0.001)  # the core says what it thinks of that
@@ -326,11 +328,24 @@ class Turn:
             self._tell(message)
 
     def _answer(self, result: PredictionResult) -> AssistantMessage:
-        tokens: list[int] | None = [*self._prefix, *result.tokens]
-        trims = result.stop_string is not None or self._request.options.trim_trailing_whitespace
-        if trims:
-            tokens = cut_tokens(self._home.model, self._prefix + result.tokens, result.content)
-        return AssistantMessage(result.content, tokens=None if tokens is None else tuple(tokens))
+        tokens = [*self._prefix, *result.tokens]
+        start = len(self._prefix) + result.content_start if result.segments else 0
+        content = self._content_tokens(tokens[start:], result)
+        if content is None:
+            return AssistantMessage(result.content, result.reasoning)
+        turn = (*tokens[:start], *content)
+        return AssistantMessage(result.content, result.reasoning, (), turn, start)
+
+    def _content_tokens(self, tokens: list[int], result: PredictionResult) -> list[int] | None:
+        """Those of `tokens` that make up the content; None if they say something else."""
+        model = self._home.model
+        if result.stop_string is not None or self._request.options.trim_trailing_whitespace:
+            return cut_tokens(model, tokens, result.content)
+        if not result.segments:
+            return tokens
+        # Reasoning may have come in the middle, or after a response prefix.
+        shown = model.detokenize(tokens, special=False)
+        return tokens if shown.strip() == result.content.strip() else None
 
     def _tell(self, message: Message) -> None:
         """Call the user's function; what it raises is no failure of the turn."""
@@ -377,6 +392,14 @@ def cut_tokens(model: _core.Model, tokens: list[int], text: str) -> list[int] | 
 def respond(home: Home, request: TurnRequest, messages: tuple[Message, ...]) -> Prediction:
     """Start the answer to `messages`, which leaves nothing behind but a cached prefix."""
     return Turn(home, ChatState(History(messages), 0), request).launch(home.owner)
+
+
+def _marks(tags: ReasoningTags | None) -> ReasoningMarks | None:
+    """The tags with what closes a thought whose budget is used up, as templates write it."""
+    if tags is None:
+        return None
+    closing = f"\n{tags.end}\n\n" if tags.end.startswith("</") else tags.end
+    return tags.start, tags.end, tags.opened, closing
 
 
 def _prefix_tokens(model: _core.Model, prefix: str | None) -> list[int]:

@@ -143,6 +143,7 @@ GENERATION: tuple[Flag, ...] = (
     _flag("repeat_penalty", float, "penalty on tokens seen lately; 1.1 is usual (off)"),
     _flag("seed", int, "seed of the draw (a new one each time)"),
     _flag("stop", str, "end where this text comes; may be given again", action="append"),
+    _flag("reasoning_budget", int, "most tokens of a thought, where the model has such (no limit)"),
     _flag("response_prefix", str, "begin the answer with this text"),
     _switch("deterministic", "evaluate in fixed steps, so that it repeats bit for bit"),
     _switch("ignore_eos", "go on past the end that the model sees"),

@@ -15,7 +15,7 @@ from llamactor.chat.session import ChatSession
 from llamactor.cli.terminal import STDIN, explained, loaded, read_lines, say, statistics, write
 from llamactor.errors import LlamactorError
 from llamactor.loading import load_model
-from llamactor.prediction import Prediction, PredictionResult, TextDelta
+from llamactor.prediction import Prediction, PredictionResult, SegmentEnd, TextDelta
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -258,15 +258,12 @@ class TerminalChat(Conversation):
         return result
 
     async def _stream(self, prediction: Prediction) -> PredictionResult:
-        thinking = False
         async with prediction:
             async for event in prediction.events():
-                if not isinstance(event, TextDelta):
-                    continue
-                if thinking and event.segment is None:
+                if isinstance(event, TextDelta):
+                    write(event.text, faint=event.segment is not None)
+                elif isinstance(event, SegmentEnd):
                     write("\n")
-                thinking = event.segment is not None
-                write(event.text, faint=thinking)
             result = await prediction
         write("\n")
         return result
