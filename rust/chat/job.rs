@@ -11,7 +11,7 @@ use super::template::{self, Failure};
 use super::turns::{self, Shader, Shading};
 use super::{Rendered, Renderer, Request, prompt};
 use crate::error::{Error, Result};
-use crate::llama::{ControlToken, FormatRequest, Token};
+use crate::llama::{FormatRequest, Token};
 use crate::model::Model;
 
 /// One call of [`render`].
@@ -21,7 +21,7 @@ pub struct Job<'a> {
     /// The template in use.
     pub source: Source,
     is_fallback: bool,
-    controls: &'a [ControlToken],
+    controls: &'a [String],
 }
 
 impl<'a> Job<'a> {
@@ -35,7 +35,7 @@ impl<'a> Job<'a> {
             bos: text_of(model, tokens.bos).unwrap_or_default(),
             eos: text_of(model, tokens.eos).unwrap_or_default(),
         };
-        Self { model, request, source, is_fallback: template.is_none(), controls: model.control_tokens() }
+        Self { model, request, source, is_fallback: template.is_none(), controls: model.guarded_texts() }
     }
 
     /// From the text to tokens and to what is known of the answer.
@@ -48,9 +48,9 @@ impl<'a> Job<'a> {
         if request.open_ended {
             self.end_with_content(&mut layout)?;
         }
-        let pieces = prompt::cut(&layout.text, &layout.protected, self.controls);
+        let pieces = model.llama().partition(layout.text.as_bytes(), true, &layout.protected)?;
         let kept = turns::kept_turns(model, &layout, &request.turns)?;
-        let tokens = prompt::tokenise(model, &layout.text, &pieces, &kept)?;
+        let tokens = prompt::tokenise(model, &layout, &pieces, &kept)?;
         let mut ends = prompt::message_ends(&layout, &pieces, |token| model.llama().is_eog(token));
         if request.open_ended
             && let Some(end) = ends.last_mut()
@@ -69,10 +69,9 @@ impl<'a> Job<'a> {
             return (None, template::FALLBACK_STOPS.map(str::to_owned).into());
         }
         let describe = || formats::describe(&self.source, &self.request.tools, &self.request.kwargs);
-        match self.is_tame().then(describe).flatten() {
-            Some(format) => (reasoning::of_format(&format, header), format.stops.clone()),
-            None => (reasoning::find(&self.source.template, header), Vec::new()),
-        }
+        let format = self.is_tame().then(describe).flatten();
+        let tags = reasoning::find(self.model, &self.source.template, format.as_deref(), header);
+        (tags, format.map(|format| format.stops.clone()).unwrap_or_default())
     }
 
     /// Whether llama.cpp, which has no bounds, may read the template: it renders a question with little fuel.

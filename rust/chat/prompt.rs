@@ -1,74 +1,11 @@
-//! From the text of a prompt to its tokens: control tokens where the template names them, and nowhere else.
+//! From the text of a prompt to its tokens: special tokens where the template names them, and nowhere else.
 
 use std::ops::Range;
 
 use super::spans::{Layout, is_space};
 use crate::error::Result;
-use crate::llama::{ControlToken, Token};
+use crate::llama::{Piece, Stretches, Token};
 use crate::model::Model;
-
-/// A stretch of the text that is one control token, or is tokenised as a whole.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
-    /// Where it lies in the text; white space that a control token takes belongs to no piece.
-    pub range: Range<usize>,
-    /// The control token.
-    pub control: Option<Token>,
-}
-
-/// Cuts a text at the control tokens outside of the protected ranges, as llama.cpp does: the longest first.
-#[must_use]
-pub fn cut(text: &str, protected: &[Range<usize>], controls: &[ControlToken]) -> Vec<Piece> {
-    let open = complement(protected, text.len());
-    let mut pieces = Vec::new();
-    if !text.is_empty() {
-        pieces.push(Piece { range: 0..text.len(), control: None });
-    }
-    for control in controls {
-        if open.iter().any(|range| text[range.clone()].contains(&control.text)) {
-            pieces = pieces.into_iter().flat_map(|piece| cut_piece(text, piece, &open, control)).collect();
-        }
-    }
-    pieces
-}
-
-fn complement(protected: &[Range<usize>], end: usize) -> Vec<Range<usize>> {
-    let starts = std::iter::once(0).chain(protected.iter().map(|range| range.end));
-    let ends = protected.iter().map(|range| range.start).chain(std::iter::once(end));
-    starts.zip(ends).map(|(start, end)| start..end).filter(|range| !range.is_empty()).collect()
-}
-
-fn cut_piece(text: &str, piece: Piece, open: &[Range<usize>], control: &ControlToken) -> Vec<Piece> {
-    if piece.control.is_some() {
-        return vec![piece];
-    }
-    let mut pieces = Vec::new();
-    let mut rest = piece.range;
-    while let Some(at) = find_open(text, &rest, open, &control.text) {
-        let end = at + control.text.len();
-        let left = text[rest.start..at].trim_end_matches(|c| control.strips_left && is_c_space(c));
-        pieces.push(Piece { range: rest.start..rest.start + left.len(), control: None });
-        pieces.push(Piece { range: at..end, control: Some(control.id) });
-        let right = text[end..rest.end].trim_start_matches(|c| control.strips_right && is_c_space(c));
-        rest = rest.end - right.len()..rest.end;
-    }
-    pieces.push(Piece { range: rest, control: None });
-    pieces.retain(|piece| !piece.range.is_empty());
-    pieces
-}
-
-/// The first place of `needle` in `within` that lies whole in an open range.
-fn find_open(text: &str, within: &Range<usize>, open: &[Range<usize>], needle: &str) -> Option<usize> {
-    let first = open.partition_point(|range| range.end <= within.start);
-    open[first..].iter().take_while(|range| range.start < within.end).find_map(|range| {
-        let (start, end) = (range.start.max(within.start), range.end.min(within.end));
-        text[start..end].find(needle).map(|at| start + at)
-    })
-}
-
-fn is_c_space(c: char) -> bool {
-    matches!(c, ' ' | '\t'..='\r')
-}
 
 /// Tokens that take the place of a stretch of text: what a model has written before.
 #[derive(Clone, Debug)]
@@ -115,21 +52,6 @@ impl Tokens {
         Ok(())
     }
 
-    /// Adds a stretch of text, which may go on after tokens that were kept.
-    fn extend_with_text(&mut self, model: &Model, text: &str, range: Range<usize>, goes_on: bool) -> Result<()> {
-        if range.start >= range.end {
-            return Ok(());
-        }
-        let stretch = &text[range.clone()];
-        let goes_on = goes_on && range.start > 0;
-        let ids = if goes_on {
-            model.tokenize_continuation(stretch, false)
-        } else {
-            model.llama().tokenize(stretch, false, false)
-        };
-        self.extend(model, &range, &ids?)
-    }
-
     /// Puts the beginning-of-text token first where the model wants it and the template has not.
     fn begin(&mut self, model: &Model) {
         let bos = model.llama().special_tokens().bos.filter(|_| model.llama().adds_bos());
@@ -142,45 +64,107 @@ impl Tokens {
     }
 }
 
-/// Tokenises pieces: each stretch whole and without special parsing, so that nothing in it becomes a control token.
+/// A part of the prompt, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Part {
+    /// A special token, and where its text ends.
+    Special(Token, usize),
+    /// What was written before, by its place in the list.
+    Kept(usize),
+    /// Text, and whether it follows what was kept.
+    Text(Range<usize>, bool),
+}
+
+/// Puts what is kept in the place of the pieces below it.
+fn plan(pieces: &[Piece], kept: &[Kept]) -> Vec<Part> {
+    let mut parts = Vec::new();
+    let mut next = 0;
+    let mut done = 0; // end of the last stretch that was kept
+    for piece in pieces {
+        let (range, special) = match piece {
+            Piece::Text(range) => (range, None),
+            Piece::Special { range, token } => (range, Some(*token)),
+        };
+        let mut start = range.start.max(done);
+        while let Some(stretch) = kept.get(next).filter(|stretch| stretch.range.start < range.end) {
+            parts.push(Part::Text(start..stretch.range.start, start == done));
+            parts.push(Part::Kept(next));
+            (done, next) = (stretch.range.end, next + 1);
+            start = done;
+        }
+        match special {
+            Some(token) if start < range.end => parts.push(Part::Special(token, range.end)),
+            Some(_) => {}
+            None => parts.push(Part::Text(start..range.end, start == done)),
+        }
+    }
+    parts.retain(|part| !matches!(part, Part::Text(range, _) if range.start >= range.end));
+    parts
+}
+
+/// Tokenises pieces: each stretch whole and without special parsing, so that nothing in it becomes a special token.
 ///
 /// # Errors
 /// What the tokeniser says.
-pub fn tokenise(model: &Model, text: &str, pieces: &[Piece], kept: &[Kept]) -> Result<Tokens> {
-    let mut tokens = Tokens::default();
-    let mut kept = kept.iter().peekable();
-    let mut done = 0; // end of the last stretch that was kept
-    for piece in pieces {
-        let mut start = piece.range.start.max(done);
-        while let Some(next) = kept.next_if(|next| next.range.start < piece.range.end) {
-            tokens.extend_with_text(model, text, start..next.range.start, start == done)?;
-            tokens.extend(model, &next.range, &next.tokens)?;
-            done = next.range.end;
-            start = done;
+pub fn tokenise(model: &Model, layout: &Layout, pieces: &[Piece], kept: &[Kept]) -> Result<Tokens> {
+    let parts = plan(pieces, kept);
+    let mut stretches = [Stretches::new(model.llama(), false), Stretches::new(model.llama(), true)];
+    let mut places = Vec::new();
+    for part in &parts {
+        if let Part::Text(range, _) = part {
+            let guarded = usize::from(is_protected(&layout.protected, range));
+            let start = stretches[guarded].len();
+            stretches[guarded].tokenize(&layout.text.as_bytes()[range.clone()])?;
+            places.push((guarded, start..stretches[guarded].len()));
         }
-        match piece.control {
-            Some(control) if start < piece.range.end => tokens.push(control, piece.range.end),
-            Some(_) => {}
-            None => tokens.extend_with_text(model, text, start..piece.range.end, start == done)?,
+    }
+    let found = stretches.map(Stretches::finish);
+    let mut places = places.into_iter();
+    let mut tokens = Tokens::default();
+    for part in &parts {
+        match part {
+            Part::Special(token, end) => tokens.push(*token, *end),
+            Part::Kept(index) => tokens.extend(model, &kept[*index].range, &kept[*index].tokens)?,
+            Part::Text(range, follows) => {
+                let Some((guarded, place)) = places.next() else { continue };
+                let ids = &found[guarded][place];
+                if *follows && range.start > 0 && guarded == 0 {
+                    let ids = model.tokenize_continuation(&layout.text[range.clone()], false)?;
+                    tokens.extend(model, range, &ids)?;
+                } else {
+                    tokens.extend(model, range, ids)?;
+                }
+            }
         }
     }
     tokens.begin(model);
     Ok(tokens)
 }
 
+fn is_protected(protected: &[Range<usize>], range: &Range<usize>) -> bool {
+    let first = protected.partition_point(|part| part.end <= range.start);
+    protected.get(first).is_some_and(|part| part.start < range.end)
+}
+
 /// Where each message ends in the text: behind the token that ends its turn, or else with its last character.
 #[must_use]
 pub fn message_ends(layout: &Layout, pieces: &[Piece], is_eog: impl Fn(Token) -> bool) -> Vec<usize> {
+    let mut closings = pieces.iter().filter_map(|piece| match piece {
+        Piece::Special { range, token } if is_eog(*token) => Some(range.clone()),
+        _ => None,
+    });
+    let mut closing = closings.next();
     let mut end = 0;
-    let count = layout.messages.len();
-    let mut ends = Vec::with_capacity(count);
-    for index in 0..count {
-        let own = layout.messages[index].as_ref().map_or(end, |range| range.end.max(end));
+    let mut ends = Vec::with_capacity(layout.messages.len());
+    for (index, own) in layout.messages.iter().enumerate() {
+        end = own.as_ref().map_or(end, |range| range.end.max(end));
+        while closing.as_ref().is_some_and(|range| range.start < end) {
+            closing = closings.next();
+        }
         let next = layout.messages[index + 1..].iter().flatten().next().map_or(layout.text.len(), |range| range.start);
-        let closing = pieces
-            .iter()
-            .find(|piece| piece.range.start >= own && piece.range.end <= next && piece.control.is_some_and(&is_eog));
-        end = closing.map_or(own, |piece| after_space(&layout.text, piece.range.end));
+        if let Some(range) = closing.clone().filter(|range| range.end <= next) {
+            end = after_space(&layout.text, range.end);
+        }
         ends.push(end);
     }
     ends
@@ -188,4 +172,56 @@ pub fn message_ends(layout: &Layout, pieces: &[Piece], is_eog: impl Fn(Token) ->
 
 fn after_space(text: &str, at: usize) -> usize {
     at + text[at..].len() - text[at..].trim_start_matches(is_space).len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept(range: Range<usize>) -> Kept {
+        Kept { range, tokens: vec![7] }
+    }
+
+    #[test]
+    fn what_is_kept_takes_the_place_of_what_lies_below_it() {
+        let pieces = [
+            Piece::Special { range: 0..3, token: 1 },
+            Piece::Text(3..10),
+            Piece::Special { range: 10..12, token: 2 },
+            Piece::Text(12..20),
+        ];
+        let parts = plan(&pieces, &[kept(5..8), kept(10..15)]);
+        let expected = [
+            Part::Special(1, 3),
+            Part::Text(3..5, false),
+            Part::Kept(0),
+            Part::Text(8..10, true),
+            Part::Kept(1),
+            Part::Text(15..20, true),
+        ];
+        assert_eq!(parts, expected);
+    }
+
+    #[test]
+    fn a_message_ends_behind_the_token_that_closes_it() {
+        let text = "<u>hi<e>\n<a>yo<e>\n<a>".to_owned();
+        let special = |range, token| Piece::Special { range, token };
+        let pieces = [
+            special(0..3, 0),
+            Piece::Text(3..5),
+            special(5..8, 9),
+            Piece::Text(8..9),
+            special(9..12, 1),
+            Piece::Text(12..14),
+            special(14..17, 9),
+            Piece::Text(17..18),
+            special(18..21, 1),
+        ];
+        let layout = |messages| Layout { text: text.clone(), protected: vec![], messages, contents: vec![] };
+        let ends = |messages| message_ends(&layout(messages), &pieces, |token| token == 9);
+        assert_eq!(ends(vec![Some(3..5), Some(12..14)]), [9, 18]);
+        assert_eq!(ends(vec![None, Some(12..14)]), [9, 18]);
+        assert_eq!(ends(vec![Some(3..5), None]), [9, 18]);
+        assert_eq!(ends(vec![Some(3..5), None, None]), [9, 18, 18]);
+    }
 }

@@ -11,8 +11,6 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-use crate::llama::ControlToken;
-
 /// The private planes: two stretches of code points that no script uses.
 const PLANES: [Range<u32>; 2] = [0xF_0000..0xF_FFFE, 0x10_0000..0x10_FFFE];
 
@@ -89,7 +87,7 @@ impl Alphabet {
 
     /// Shades the control tokens that a text names, and marks its first and last character.
     #[must_use]
-    pub fn shade_controls(&self, text: &str, owner: Owner, controls: &[ControlToken]) -> String {
+    pub fn shade_controls(&self, text: &str, owner: Owner, controls: &[String]) -> String {
         let named = ranges_of_controls(text, controls);
         let mut codes = self.codes();
         self.with_marks(
@@ -104,7 +102,7 @@ impl Alphabet {
 
     /// Shades the control tokens that a text names and nothing else.
     #[must_use]
-    pub fn hide_controls(&self, text: &str, controls: &[ControlToken]) -> String {
+    pub fn hide_controls(&self, text: &str, controls: &[String]) -> String {
         let named = ranges_of_controls(text, controls);
         if named.is_empty() {
             return text.to_owned();
@@ -291,13 +289,13 @@ fn widen(known: &mut Option<Range<usize>>, range: Range<usize>) {
 }
 
 /// Where a text names control tokens, overlapping ones included; in order.
-fn ranges_of_controls(text: &str, controls: &[ControlToken]) -> Vec<Range<usize>> {
+fn ranges_of_controls(text: &str, controls: &[String]) -> Vec<Range<usize>> {
     let mut ranges = Vec::new();
     for control in controls {
         let mut from = 0;
-        while let Some(at) = text[from..].find(&control.text) {
+        while let Some(at) = text[from..].find(control) {
             let start = from + at;
-            ranges.push(start..start + control.text.len());
+            ranges.push(start..start + control.len());
             from = start + text[start..].chars().next().map_or(1, char::len_utf8);
         }
     }

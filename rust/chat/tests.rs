@@ -6,21 +6,15 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::prompt::{Piece, cut};
 use super::spans::{Alphabet, Layout, Owner};
 use super::template::{self, FUEL};
 use super::text::Text;
 use super::turns::{Shader, Shading};
-use crate::llama::ControlToken;
 
 const CONTROLS: [&str; 5] = ["<|im_start|>", "<|im_end|>", "<|e|>", "[INST]", "<s>"];
 
-fn controls() -> Vec<ControlToken> {
-    let control = |(id, text): (usize, &&str)| {
-        let (strips_left, strips_right) = (*text == "[INST]", *text == "<s>");
-        ControlToken { id: id as i32, text: (*text).to_owned(), strips_left, strips_right }
-    };
-    CONTROLS.iter().enumerate().map(control).collect()
+fn controls() -> Vec<String> {
+    CONTROLS.map(str::to_owned).into()
 }
 
 /// Words, parts of control tokens, quotes, white space, characters of every length, private ones among them.
@@ -82,8 +76,18 @@ fn shaded(template: &str, messages: &[Value], shading: Shading) -> Layout {
     alphabet.read(&rendered(template, &shaded, &alphabet), messages.len())
 }
 
-fn controls_of(pieces: &[Piece]) -> Vec<i32> {
-    pieces.iter().filter_map(|piece| piece.control).collect()
+/// The control tokens that a prompt names outside of what is protected.
+fn named(layout: &Layout) -> Vec<&'static str> {
+    let mut found: Vec<_> = CONTROLS
+        .iter()
+        .flat_map(|control| layout.text.match_indices(control))
+        .filter(|(at, control)| !layout.protected.iter().any(|range| overlap(range, &(*at..at + control.len()))))
+        .collect();
+    found.sort_unstable();
+    found
+        .into_iter()
+        .map(|(_, control)| CONTROLS[CONTROLS.iter().position(|known| *known == control).unwrap()])
+        .collect()
 }
 
 fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
@@ -104,56 +108,45 @@ proptest! {
     }
 
     #[test]
-    fn a_control_token_never_touches_a_content(
-        contents in prop::collection::vec(content(), 1..4),
-        template in template(),
-    ) {
-        let messages = messages(&contents);
-        for shading in [Shading::Full, Shading::Controls] {
-            let mut layout = shaded(&template, &messages, shading);
-            if shading == Shading::Controls {
-                layout.protect_messages();
-            }
-            let pieces = cut(&layout.text, &layout.protected, &controls());
-            for piece in pieces.iter().filter(|piece| piece.control.is_some()) {
-                prop_assert!(!layout.protected.iter().any(|range| overlap(range, &piece.range)));
-            }
-        }
-    }
-
-    #[test]
     fn what_contents_say_changes_no_control_token(
         contents in prop::collection::vec(content(), 1..4),
     ) {
         let template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<s>";
+        let turns = contents.iter().flat_map(|_| ["<|im_start|>", "<|im_end|>"]);
+        let expected: Vec<_> = turns.chain(["<s>"]).collect();
         for shading in [Shading::Full, Shading::Controls] {
-            let layout = shaded(template, &messages(&contents), shading);
-            let pieces = cut(&layout.text, &layout.protected, &controls());
-            let expected: Vec<i32> = contents.iter().flat_map(|_| [0, 1]).chain([4]).collect();
-            prop_assert_eq!(controls_of(&pieces), expected);
+            let mut layout = shaded(template, &messages(&contents), shading);
+            prop_assert_eq!(named(&layout), expected.as_slice());
+            layout.protect_messages();
+            prop_assert_eq!(named(&layout), expected.as_slice());
         }
     }
 
     #[test]
-    fn pieces_lie_in_order_and_leave_out_white_space_only(
-        text in content(),
-        starts in prop::collection::vec((0usize..40, 0usize..8), 0..4),
+    fn whatever_a_template_does_with_contents_they_name_no_control_token(
+        contents in prop::collection::vec(content(), 1..4),
+        template in template(),
     ) {
-        let boundary = |at: usize| (0..=at.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
-        let mut protected: Vec<Range<usize>> = Vec::new();
-        for (start, length) in starts {
-            let range = boundary(start)..boundary(start + length);
-            if !range.is_empty() && protected.last().is_none_or(|last| last.end <= range.start) {
-                protected.push(range);
-            }
+        let quiet = messages(&contents.iter().map(|_| "x".to_owned()).collect::<Vec<_>>());
+        let count = named(&shaded(&template, &quiet, Shading::Full)).len();
+        let mut layout = shaded(&template, &messages(&contents), Shading::Full);
+        prop_assert_eq!(named(&layout).len(), count);
+        layout.protect_messages();
+        prop_assert!(named(&layout).len() <= count);
+    }
+
+    #[test]
+    fn protected_ranges_are_in_order_and_apart(
+        contents in prop::collection::vec(content(), 1..4),
+        template in template(),
+    ) {
+        for shading in [Shading::Full, Shading::Controls] {
+            let mut layout = shaded(&template, &messages(&contents), shading);
+            layout.protect_messages();
+            prop_assert!(layout.protected.iter().all(|range| range.start < range.end));
+            prop_assert!(layout.protected.windows(2).all(|pair| pair[0].end <= pair[1].start));
+            prop_assert!(layout.protected.last().is_none_or(|range| range.end <= layout.text.len()));
         }
-        let mut end = 0;
-        for piece in cut(&text, &protected, &controls()) {
-            prop_assert!(piece.range.start >= end && !piece.range.is_empty());
-            prop_assert!(text[end..piece.range.start].trim().is_empty());
-            end = piece.range.end;
-        }
-        prop_assert!(text[end..].trim().is_empty());
     }
 
     #[test]
@@ -188,15 +181,6 @@ proptest! {
         prop_assert_eq!(plain.without_prefix(&part), text.strip_prefix(&part).unwrap_or(&text));
         prop_assert_eq!(plain.without_suffix(&part), text.strip_suffix(&part).unwrap_or(&text));
     }
-}
-
-#[test]
-fn control_tokens_are_cut_as_llama_cpp_cuts_them() {
-    let text = "a <s>  b [INST]<|im_start|><s>";
-    let pieces = cut(text, &[], &controls());
-    let shown: Vec<_> = pieces.iter().map(|piece| &text[piece.range.clone()]).collect();
-    // `<s>` takes the white space behind it, `[INST]` that before it.
-    assert_eq!(shown, ["a ", "<s>", "b", "[INST]", "<|im_start|>", "<s>"]);
 }
 
 #[test]

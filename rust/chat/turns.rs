@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::prompt::Kept;
 use super::spans::{Alphabet, Layout, Owner, is_space};
 use crate::error::Result;
-use crate::llama::{ControlToken, Token};
+use crate::llama::Token;
 use crate::model::Model;
 
 /// Fields whose text is the model's thoughts.
@@ -28,7 +28,7 @@ pub struct Shader<'a> {
     /// What stands for what.
     pub alphabet: &'a Alphabet,
     /// What must not be named.
-    pub controls: &'a [ControlToken],
+    pub controls: &'a [String],
     /// How much.
     pub shading: Shading,
 }

@@ -26,7 +26,7 @@ pub use model::{LoadParams, Model, OverrideValue, SplitMode};
 pub use sampler::*;
 pub use special::Piece;
 pub use tokenizer::Stretches;
-pub use vocab::{ControlToken, SpecialTokens};
+pub use vocab::SpecialTokens;
 
 /// Index into the vocabulary (`llama_token`).
 pub type Token = i32;

@@ -247,6 +247,15 @@ impl Model {
             || attributes & sys::LLAMA_TOKEN_ATTR_USER_DEFINED != 0 && is_markup()
     }
 
+    /// Texts of the tokens that protected text never becomes, and that of the unknown token.
+    #[must_use]
+    pub fn guarded_texts(&self) -> Vec<String> {
+        let unknown = |token| self.token_attributes(token) & sys::LLAMA_TOKEN_ATTR_UNKNOWN != 0;
+        let guarded = (0..self.n_vocab() as Token).filter(|&token| self.is_guarded(token) || unknown(token));
+        let texts = guarded.filter_map(|token| std::str::from_utf8(self.token_text(token)).ok());
+        texts.filter(|text| !text.is_empty()).map(str::to_owned).collect()
+    }
+
     /// The vocabulary as SentencePiece merges it; `None` if it is of another kind.
     fn spm(&self) -> Option<&Spm> {
         if self.vocab_kind() != sys::LLAMA_VOCAB_TYPE_SPM {

@@ -48,42 +48,7 @@ pub struct SpecialTokens {
     pub fim_separator: Option<Token>,
 }
 
-/// A token that only special parsing yields: control tokens and the unknown token.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ControlToken {
-    /// Its id.
-    pub id: Token,
-    /// Its text, never empty.
-    pub text: String,
-    /// Takes the white space before it.
-    pub strips_left: bool,
-    /// Takes the white space behind it.
-    pub strips_right: bool,
-}
-
 impl Model {
-    /// The tokens that only special parsing yields, longest text first, as the tokeniser looks for them.
-    #[must_use]
-    pub fn control_tokens(&self) -> Vec<ControlToken> {
-        let mut tokens: Vec<_> = (0..self.n_vocab() as Token).filter_map(|token| self.control_token(token)).collect();
-        tokens.sort_by_key(|token| std::cmp::Reverse(token.text.len()));
-        tokens
-    }
-
-    fn control_token(&self, id: Token) -> Option<ControlToken> {
-        // SAFETY: the vocabulary is alive and the token inside it.
-        let attr = unsafe { sys::llama_vocab_get_attr(self.vocab_ptr(), id) };
-        if attr & (sys::LLAMA_TOKEN_ATTR_CONTROL | sys::LLAMA_TOKEN_ATTR_UNKNOWN) == 0 {
-            return None;
-        }
-        // SAFETY: as above; the text is NUL-terminated and lives as long as the vocabulary.
-        let text = unsafe { std::ffi::CStr::from_ptr(sys::llama_vocab_get_text(self.vocab_ptr(), id)) };
-        let text = text.to_str().ok().filter(|text| !text.is_empty())?.to_owned();
-        let has = |flag| attr & flag != 0;
-        let strips_left = has(sys::LLAMA_TOKEN_ATTR_LSTRIP);
-        Some(ControlToken { id, text, strips_left, strips_right: has(sys::LLAMA_TOKEN_ATTR_RSTRIP) })
-    }
-
     /// The vocabulary's special tokens.
     #[must_use]
     pub fn special_tokens(&self) -> SpecialTokens {

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 pub use info::ModelInfo;
 
 use crate::error::{Error, Result};
-use crate::llama::{self, ControlToken, LoadParams, OverrideValue, Token, gguf};
+use crate::llama::{self, LoadParams, OverrideValue, Token, gguf};
 
 /// A loaded model, its description and what tells it from others.
 pub struct Model {
@@ -20,7 +20,7 @@ pub struct Model {
     overrides: Vec<(String, OverrideValue)>,
     eog_tokens: Vec<Token>,
     suppressed_tokens: Vec<Token>,
-    control_tokens: OnceLock<Vec<ControlToken>>,
+    guarded_texts: OnceLock<Vec<String>>,
 }
 
 impl Model {
@@ -42,7 +42,7 @@ impl Model {
             fingerprint: info::fingerprint(&header, path, params)?,
             eog_tokens: (0..llama.n_vocab() as Token).filter(|&token| llama.is_eog(token)).collect(),
             suppressed_tokens: llama.suppressed_tokens(),
-            control_tokens: OnceLock::new(),
+            guarded_texts: OnceLock::new(),
             llama,
             path: path.to_owned(),
             overrides: params.overrides.clone(),
@@ -79,10 +79,10 @@ impl Model {
         &self.suppressed_tokens
     }
 
-    /// The tokens that only special parsing yields, longest text first.
+    /// Texts of the tokens that nothing but a template or a developer may name.
     #[must_use]
-    pub fn control_tokens(&self) -> &[ControlToken] {
-        self.control_tokens.get_or_init(|| self.llama.control_tokens())
+    pub fn guarded_texts(&self) -> &[String] {
+        self.guarded_texts.get_or_init(|| self.llama.guarded_texts())
     }
 
     /// The tokens of a prompt, on the caller's stack: BOS first where the model wants it.

@@ -223,9 +223,34 @@ async def test_the_tags_of_thoughts_are_found_and_whether_the_header_opens_them(
         assert rendered.reasoning.start.strip() in {"<think>", "<|START_THINKING|>"}
 
 
-async def test_a_template_without_thoughts_has_no_tags(family_files: dict[str, Path]) -> None:
-    async with llamactor.load_model(family_files["llama2"], vocab_only=True) as model:
-        assert (await render(model, [USER])).reasoning is None
+async def test_thoughts_of_harmony_end_where_the_answer_begins(
+    family_files: dict[str, Path],
+) -> None:
+    async with llamactor.load_model(family_files["gpt-oss"], vocab_only=True) as model:
+        tags = (await render(model, [USER])).reasoning
+        assert tags is not None
+        assert tags.start == "<|channel|>analysis<|message|>"
+        assert tags.end.endswith("<|channel|>final<|message|>")
+        assert not tags.opened
+
+
+async def test_tags_that_are_tokens_are_known_without_the_template(
+    tiny_model: llamactor.Model, tmp_path: Path
+) -> None:
+    """And a vocabulary without them, under a template without thoughts, has none."""
+    tags = (await render(tiny_model, [USER])).reasoning
+    assert tags is not None
+    assert (tags.start, tags.end, tags.opened) == ("<think>", "</think>", False)
+    async with llamactor.load_model(tiny_spm(tmp_path / "spm.gguf"), vocab_only=True) as model:
+        assert (await render(model, [USER], template=CHATML)).reasoning is None
+
+
+async def test_a_header_that_opens_thoughts_is_enough_to_know_their_tags(tmp_path: Path) -> None:
+    opens = CHATML.replace("assistant\n", "assistant\n<think>\n")
+    async with llamactor.load_model(tiny_spm(tmp_path / "spm.gguf"), vocab_only=True) as model:
+        tags = (await render(model, [USER], template=opens)).reasoning
+        assert tags is not None
+        assert (tags.start, tags.end, tags.opened) == ("<think>", "</think>", True)
 
 
 # --- safety -------------------------------------------------------------------------------------
