@@ -428,10 +428,15 @@ async def test_a_deadline_far_away_does_nothing(scripted: Model) -> None:
 
 
 @pytest.mark.parametrize("max_pending", [1, 50, None])
-async def test_max_pending_bounds_what_nobody_reads(small: Model, max_pending: int | None) -> None:
+async def test_max_pending_bounds_what_nobody_reads(
+    small: Model, gate: Gate, max_pending: int | None
+) -> None:
+    first = small.complete("first", logits_processor=gate, max_tokens=1)
     lazy = small.complete("once", max_pending=max_pending, max_tokens=100)
-    reader = aiter(lazy)
-    # One that waits has the sequence as soon as the first pauses, or ends.
+    reader = aiter(lazy)  # before its first token, since it waits for the only sequence
+    gate.open()
+    await soon(first)
+    # One that waits has the sequence as soon as the other pauses, or ends.
     await soon(small.complete("twice", max_tokens=1))
     ahead = 100 if max_pending is None else max_pending + 1
     assert lazy.stats.predicted_tokens == ahead
