@@ -55,6 +55,7 @@ async def test_load_with_progress_stream_await_at_no_cost_and_print_every_number
         for name, value in msgspec.structs.asdict(result.stats).items():
             print(f"{name} = {value}")  # noqa: T201 -- what the program in README does
         shown = dict(line.split(" = ") for line in capsys.readouterr().out.splitlines())
+        assert shown.pop("prefix_source") == "None"
         counted = {name: int(value) for name, value in shown.items() if name not in MEASURED}
         n_prompt = len(model.tokenize(PROMPT, add_bos=True))
         assert counted == {
