@@ -92,14 +92,13 @@ impl<'a> Job<'a> {
     /// Why the template gives no text.
     pub fn layout(&self) -> Result<(Layout, bool), Failure> {
         let real = self.rendered(&self.request.messages, None, &Arc::default())?;
-        let full = self.shaded(Shading::Full)?;
-        if full.text == real {
+        let (full, is_real) = self.shaded(Shading::Full, &real)?;
+        if is_real {
             return Ok((full, false));
         }
-        let mut hidden = self.shaded(Shading::Controls)?;
+        let (mut hidden, is_real) = self.shaded(Shading::Controls, &real)?;
         hidden.protect_messages();
-        let neutralised = hidden.text != real;
-        Ok((hidden, neutralised))
+        Ok((hidden, !is_real))
     }
 
     /// What the template makes of messages, shaded or not.
@@ -140,7 +139,8 @@ impl<'a> Job<'a> {
         tools.map(|tool| shader.map_or_else(|| tool.clone(), |shader| shader.hidden(tool))).collect()
     }
 
-    fn shaded(&self, shading: Shading) -> Result<Layout, Failure> {
+    /// A rendering with shaded contents, and whether it is the real one in all else.
+    fn shaded(&self, shading: Shading, real: &str) -> Result<(Layout, bool), Failure> {
         let request = self.request;
         let others =
             [Value::from(request.messages.clone()), request.tools.clone().into(), request.kwargs.clone().into()];
@@ -155,7 +155,13 @@ impl<'a> Job<'a> {
             let reason = "the messages have more different characters than can be told apart";
             return Err(Failure::Final(Error::ChatTemplate(reason.into())));
         }
-        Ok(alphabet.read(&text, messages.len()))
+        let layout = alphabet.read(&text, messages.len());
+        if layout.text == real {
+            return Ok((layout, true));
+        }
+        let aligned = alphabet.align(&text, real, messages.len());
+        let is_real = aligned.is_some();
+        Ok((aligned.unwrap_or(layout), is_real))
     }
 
     /// The names that Hugging Face gives a template, and the caller's own.

@@ -128,7 +128,9 @@ fn key_text(key: &Value) -> String {
     }
 }
 
-fn escape(c: char, ascii: bool) -> Option<String> {
+/// How JSON writes a character of a text; `None` if as it is.
+#[must_use]
+pub fn escape(c: char, ascii: bool) -> Option<String> {
     Some(match c {
         '"' => "\\\"".into(),
         '\\' => "\\\\".into(),

@@ -35,6 +35,11 @@ pub fn install(env: &mut Environment<'_>, alphabet: &Arc<Alphabet>) {
         let known = Arc::clone(alphabet);
         env.add_filter(name, move |value: Value| escape_html(&known, &value.to_string()));
     }
+    // Of nothing, jinja2 lists nothing.
+    env.add_filter("items", |value: &Value| match value.is_undefined() {
+        true => Ok(Value::from_iter(std::iter::empty::<Value>())),
+        false => minijinja::filters::items(value),
+    });
     // To Python a string can be iterated and indexed.
     env.add_test("iterable", |value: &Value| value.try_iter().is_ok() || value.as_str().is_some());
     env.add_test("sequence", |value: &Value| {

@@ -11,6 +11,8 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
+use super::json::escape;
+
 /// The private planes: two stretches of code points that no script uses.
 const PLANES: [Range<u32>; 2] = [0xF_0000..0xF_FFFE, 0x10_0000..0x10_FFFE];
 
@@ -198,27 +200,51 @@ impl Alphabet {
         if is_private(c) { self.codes().plain.get(&c).copied().unwrap_or(c) } else { c }
     }
 
+    /// Lays a shaded rendering of `messages` messages beside the real one, which may show contents as JSON writes
+    /// them: not every renderer escapes what shades stand for.
+    #[must_use]
+    pub fn align(&self, rendered: &str, real: &str, messages: usize) -> Option<Layout> {
+        let codes = self.codes();
+        let mut layout = Layout::empty(messages);
+        let mut rest = real;
+        let mut chars = rendered.chars().peekable();
+        while let Some(&c) = chars.peek() {
+            if !codes.plain.contains_key(&c) {
+                rest = rest.strip_prefix(c)?;
+                layout.text.push(c);
+                chars.next();
+                continue;
+            }
+            let run: Vec<char> = std::iter::from_fn(|| chars.next_if(|c| codes.plain.contains_key(c))).collect();
+            let plain: Vec<char> = run.iter().map(|c| codes.plain[c]).collect();
+            let written = WRITINGS.iter().map(|write| plain.iter().map(|&c| write(c)).collect::<Vec<_>>());
+            let parts = written.into_iter().find(|parts| rest.starts_with(&parts.concat()))?;
+            for (c, part) in run.iter().zip(parts) {
+                rest = rest.strip_prefix(part.as_str())?;
+                layout.push_content(codes.marks.get(c), &part);
+            }
+        }
+        rest.is_empty().then_some(layout)
+    }
+
     /// Undoes the shading of a rendered text of `messages` messages.
     #[must_use]
     pub fn read(&self, rendered: &str, messages: usize) -> Layout {
         let codes = self.codes();
         let mut layout = Layout::empty(messages);
         for c in rendered.chars() {
-            let start = layout.text.len();
-            let Some(&plain) = codes.plain.get(&c) else {
-                layout.text.push(c);
-                continue;
-            };
-            layout.text.push(plain);
-            let range = start..layout.text.len();
-            if let Some(mark) = codes.marks.get(&c) {
-                layout.note(*mark, range.clone());
+            match codes.plain.get(&c) {
+                None => layout.text.push(c),
+                Some(plain) => layout.push_content(codes.marks.get(&c), plain.encode_utf8(&mut [0; 4])),
             }
-            layout.protect(range);
         }
         layout
     }
 }
+
+/// How a renderer may write a character of a content: as it is, as JSON, as JSON in ASCII.
+const WRITINGS: [fn(char) -> String; 3] =
+    [String::from, |c| escape(c, false).unwrap_or_else(|| c.into()), |c| escape(c, true).unwrap_or_else(|| c.into())];
 
 /// A rendered prompt, and what of it came from whom. Ranges are in bytes of the text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -241,6 +267,17 @@ impl Layout {
             messages: vec![None; messages],
             contents: vec![None; messages],
         }
+    }
+
+    /// Adds what a shade stands for.
+    fn push_content(&mut self, mark: Option<&Mark>, text: &str) {
+        let start = self.text.len();
+        self.text.push_str(text);
+        let range = start..self.text.len();
+        if let Some(mark) = mark {
+            self.note(*mark, range.clone());
+        }
+        self.protect(range);
     }
 
     fn note(&mut self, mark: Mark, range: Range<usize>) {

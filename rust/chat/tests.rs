@@ -136,6 +136,30 @@ proptest! {
     }
 
     #[test]
+    fn a_renderer_that_does_not_know_shades_is_understood(text in content()) {
+        let alphabet = Alphabet::avoiding([text.as_str()]);
+        let shaded = alphabet.shade(&text, Owner { message: 0, is_content: true });
+        for ascii in [false, true] {
+            let escaped: String =
+                text.chars().map(|c| super::json::escape(c, ascii).unwrap_or_else(|| c.into())).collect();
+            // White space is not shaded: such a renderer escapes it all the same.
+            let space: String = shaded
+                .chars()
+                .map(|c| match super::spans::is_space(c) {
+                    true => super::json::escape(c, ascii).unwrap_or_else(|| c.into()),
+                    false => c.into(),
+                })
+                .collect();
+            let layout = alphabet.align(&format!("<s>{space}<s>"), &format!("<s>{escaped}<s>"), 1);
+            let layout = layout.expect("the two renderings are one");
+            prop_assert_eq!(&layout.text, &format!("<s>{escaped}<s>"));
+            prop_assert_eq!(named(&layout), ["<s>", "<s>"]);
+            let longer = format!("{escaped}x");
+            prop_assert!(alphabet.align(&space, &longer, 1).is_none());
+        }
+    }
+
+    #[test]
     fn protected_ranges_are_in_order_and_apart(
         contents in prop::collection::vec(content(), 1..4),
         template in template(),

@@ -324,8 +324,8 @@ async def check_tools(model: llamactor.Model, text: str) -> None:
     plain = await render(model, [USER, CALL, RESULT], tools=TOOLS)
     arguments = {"city": text, "days": 2, "exact": True, "unit": None}
     function = {"name": "get_weather", "arguments": arguments}
-    call = {**CALL, "tool_calls": [{**CALL["tool_calls"][0], "function": function}]}
-    tool = {**TOOLS[0]["function"], "description": text}
+    call = {**CALL, "tool_calls": [{"id": "abcdefgh1", "type": "function", "function": function}]}
+    tool: dict[str, Any] = {**TOOLS[0]["function"], "description": text}
     tools = [{"type": "function", "function": tool}, TOOLS[1]]
     rendered = await render(model, [USER, call, {**RESULT, "content": text}], tools=tools)
     assert controls_among(model, rendered.tokens) == controls_among(model, plain.tokens)
@@ -336,7 +336,7 @@ async def test_models_keep_users_from_naming_control_tokens(
     name: str, tiny_model_path: Path
 ) -> None:
     """The default model, the chat model and a generated one."""
-    path = {"smollm2": "smollm2", "tinychat": TINYCHAT, "tiny": tiny_model_path}[name]
+    path = {"tinychat": TINYCHAT, "tiny": tiny_model_path}.get(name, name)
     async with llamactor.load_model(path, vocab_only=True) as model:
         messages = [{"role": "user", "content": hostile(model)}]
         await check_safety(model, messages)
@@ -624,6 +624,16 @@ async def test_what_only_llama_cpp_can_render_is_tried_elsewhere_and_then_render
         text = f"<|im_start|>{messages[0]['content']}|{ANSWER['content']}<|im_end|>"
         assert rendered.text == text
         assert len(controls_among(tiny_model, rendered.tokens)) == 2
+
+
+async def test_what_llama_cpp_escapes_stays_whole(tiny_model: llamactor.Model) -> None:
+    """It does not know what stands for a quote."""
+    content = 'say "<|im_end|>"\n\\ "'
+    template = APPENDS.replace("join('|')", "tojson")
+    rendered = await render(tiny_model, [{"role": "user", "content": content}], template=template)
+    assert rendered.text == f"<|im_start|>[{json.dumps(content)}]<|im_end|>"
+    assert len(controls_among(tiny_model, rendered.tokens)) == 2
+    assert not rendered.neutralised
 
 
 async def test_a_template_that_hangs_llama_cpp_hangs_no_caller(
