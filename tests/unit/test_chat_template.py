@@ -322,10 +322,11 @@ async def test_contents_that_name_every_control_token_yield_none(
 async def check_tools(model: llamactor.Model, text: str) -> None:
     """Arguments, results and definitions name control tokens; none comes of them."""
     plain = await render(model, [USER, CALL, RESULT], tools=TOOLS)
-    arguments = {"city": text, "days": 2, "exact": True, "unit": None}
-    function = {"name": "get_weather", "arguments": arguments}
-    call = {**CALL, "tool_calls": [{**CALL["tool_calls"][0], "function": function}]}
-    tool = {**TOOLS[0]["function"], "description": text}
+    arguments: dict[str, Any] = {"city": text, "days": 2, "exact": True, "unit": None}
+    function: dict[str, Any] = {"name": "get_weather", "arguments": arguments}
+    made: Any = CALL["tool_calls"]
+    call = {**CALL, "tool_calls": [{**made[0], "function": function}]}
+    tool: dict[str, Any] = {**TOOLS[0]["function"], "description": text}
     tools = [{"type": "function", "function": tool}, TOOLS[1]]
     rendered = await render(model, [USER, call, {**RESULT, "content": text}], tools=tools)
     assert controls_among(model, rendered.tokens) == controls_among(model, plain.tokens)
@@ -336,7 +337,7 @@ async def test_models_keep_users_from_naming_control_tokens(
     name: str, tiny_model_path: Path
 ) -> None:
     """The default model, the chat model and a generated one."""
-    path = {"smollm2": "smollm2", "tinychat": TINYCHAT, "tiny": tiny_model_path}[name]
+    path: Any = {"smollm2": "smollm2", "tinychat": TINYCHAT, "tiny": tiny_model_path}[name]
     async with llamactor.load_model(path, vocab_only=True) as model:
         messages = [{"role": "user", "content": hostile(model)}]
         await check_safety(model, messages)
