@@ -46,7 +46,7 @@ def items(seed: str, each: int) -> list[Item]:
     few questions and answers it shows all: greetings, small talk and the like.
     """
     found, drawn = Counter[str](), list[Item]()
-    for talk in itertools.islice(conversations(seed, unseen=True), 60 * each):
+    for talk in itertools.islice(conversations(seed, unseen=True), 200 * each):
         for item in _asked(talk):
             found[item.skill] += 1
             drawn += [item] if found[item.skill] <= each else []
