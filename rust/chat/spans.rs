@@ -242,9 +242,10 @@ impl Alphabet {
     }
 }
 
-/// How a renderer may write a character of a content: as it is, as JSON, as JSON in ASCII.
+/// How a renderer may write a character of a content: as JSON in ASCII, as JSON, as it is. In this order, since a
+/// backslash as it is begins one that is escaped.
 const WRITINGS: [fn(char) -> String; 3] =
-    [String::from, |c| escape(c, false).unwrap_or_else(|| c.into()), |c| escape(c, true).unwrap_or_else(|| c.into())];
+    [|c| escape(c, true).unwrap_or_else(|| c.into()), |c| escape(c, false).unwrap_or_else(|| c.into()), String::from];
 
 /// A rendered prompt, and what of it came from whom. Ranges are in bytes of the text.
 #[derive(Clone, Debug, PartialEq, Eq)]
