@@ -151,8 +151,8 @@ class Model:
 
         Raises:
             TypeError: `text` is no string.
-            ValueError: the text is too long, UTF-8 cannot say it, or this model's pre-tokenizer
-                would take too long or too much memory for it, such as for 262,145 letters in a row.
+            ValueError: the text is too long, UTF-8 cannot say it, or it would take this model's
+                pre-tokenizer too much time or memory, such as 262,145 letters in a row.
         """
         check.check_bool("add_bos", add_bos)
         check.check_bool("special", special)

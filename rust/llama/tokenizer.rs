@@ -119,14 +119,22 @@ impl Model {
     pub(super) fn tokenize_whole(&self, text: &[u8], add_special: bool, parse_special: bool) -> Result<Vec<Token>> {
         self.check_ends(add_special)?;
         let mut tokens = Vec::new();
-        self.append_whole(text, add_special, parse_special, &mut tokens)?;
+        self.append_whole(text, add_special, parse_special, &mut 0, &mut tokens)?;
         Ok(tokens)
     }
 
-    fn append_whole(&self, text: &[u8], add_special: bool, parse_special: bool, tokens: &mut Vec<Token>) -> Result<()> {
+    /// `steps` counts what regular expressions cost, over all stretches of a text.
+    fn append_whole(
+        &self,
+        text: &[u8],
+        add_special: bool,
+        parse_special: bool,
+        steps: &mut usize,
+        tokens: &mut Vec<Token>,
+    ) -> Result<()> {
         self.check_endless(text)?;
         let run = |tokens: &mut Vec<Token>| self.append_here(text, add_special, parse_special, tokens);
-        match self.tables().pretokenizer.map_or(Ok(None), |pretokenizer| pretokenizer.stack(text))? {
+        match self.tables().pretokenizer.map_or(Ok(None), |pretokenizer| pretokenizer.stack(text, steps))? {
             None => run(tokens),
             Some(stack) => on_stack(stack, || run(tokens)),
         }
@@ -326,6 +334,8 @@ pub struct Stretches<'a> {
     /// Where the tokens of short stretches are that came before.
     known: HashMap<&'a [u8], Range<usize>>,
     compiled: usize,
+    /// What the expressions cost so far.
+    steps: usize,
 }
 
 impl<'a> Stretches<'a> {
@@ -334,7 +344,7 @@ impl<'a> Stretches<'a> {
     #[must_use]
     pub fn new(model: &'a Model, guarded: bool) -> Self {
         let (tokens, scratch, known) = Default::default();
-        Self { model, guarded, tokens, scratch, known, compiled: 0 }
+        Self { model, guarded, tokens, scratch, known, compiled: 0, steps: 0 }
     }
 
     /// How many tokens there are so far.
@@ -389,18 +399,26 @@ impl<'a> Stretches<'a> {
     }
 
     fn append(&mut self, text: &[u8]) -> Result<()> {
-        self.model.append_whole(text, false, false, &mut self.tokens)
+        self.model.append_whole(text, false, false, &mut self.steps, &mut self.tokens)
     }
 
-    /// Only llama.cpp knows these vocabularies: texts of guarded tokens are cut behind their first character.
+    /// Only llama.cpp knows these vocabularies: texts of guarded tokens are cut behind their first character, and as a
+    /// last resort (lower case may make such a text of another one) every character is taken by itself.
     fn append_guarded(&mut self, text: &[u8]) -> Result<()> {
-        let start = self.tokens.len();
-        self.append_cut(text, self.model.splitter(false)?.dangers(text))?;
-        if self.tokens[start..].iter().any(|&token| self.model.is_guarded(token)) {
+        let (model, start) = (self.model, self.tokens.len());
+        let dangers: [&dyn Fn() -> Result<Vec<usize>>; 3] =
+            [&|| Ok(model.splitter(false)?.dangers(text)), &|| Ok(model.splitter(true)?.dangers(text)), &|| {
+                Ok((0..text.len()).rev().filter(|&position| text[position] & 0xC0 != 0x80).collect())
+            }];
+        for dangers in dangers {
+            let dangers = dangers()?;
             self.tokens.truncate(start);
-            self.append_cut(text, self.model.splitter(true)?.dangers(text))?;
+            self.append_cut(text, dangers)?;
+            if !self.tokens[start..].iter().any(|&token| model.is_guarded(token)) {
+                return Ok(());
+            }
         }
-        Ok(())
+        Err(refused(text, "one of its characters is a control token"))
     }
 
     /// `dangers` in falling order.

@@ -35,6 +35,7 @@ impl TextOrTokens {
 type DryItems = (f32, f32, i32, Option<usize>, Vec<String>);
 /// Start tag, end tag, whether the prompt opened it, closing text.
 type ReasoningItems = (String, String, bool, String);
+type DroppedItems = (Vec<Token>, Vec<(usize, usize)>);
 type PenaltyItems = (f32, usize, f32, f32, bool, Option<Py<PyAny>>);
 
 /// The options of `predict`.
@@ -80,7 +81,7 @@ pub struct TurnOptions {
     chat: u64,
     keep: usize,
     /// The window before, and what of it has gone.
-    dropped: Option<(Vec<Token>, Vec<(usize, usize)>)>,
+    dropped: Option<DroppedItems>,
 }
 
 impl TurnOptions {
