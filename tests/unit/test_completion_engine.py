@@ -623,10 +623,13 @@ async def nothing_runs(context: Context, steps: int) -> None:
 
 
 async def test_whatever_is_suggested_is_what_the_model_says(session: ChatSession) -> None:
-    """Texts that come back, cut and gone on with, are as if they had been completed alone."""
+    """Texts that come back, cut and gone on with, are as if they had been completed alone.
+
+    Whole words: a suggestion that begins inside of one goes on from other tokens.
+    """
     screen = Screen(session, max_tokens=6, max_cached=5)
     draw = random.Random(3)
-    texts = ["What", "What is", "Please", "Please tell", "My na"]
+    texts = ["What", "What is", "Please", "Please tell", "My name"]
     for _ in range(40):
         screen.type(draw.choice(texts))
         await some_time(screen, draw, "insert")
