@@ -13,6 +13,9 @@ use crate::llama::Token;
 /// States of fewer tokens are not worth keeping: evaluating them again costs about as much.
 pub const MIN_TOKENS: usize = 16;
 
+/// Putting a state back costs about as much as evaluating one token in so many of it.
+const TOKENS_PER_EVALUATED: usize = 8;
+
 /// Share of the budget that [`Parking::spill`] keeps free for the decoder, as one over this; room for two more
 /// states at least.
 const FREE_PARTS: usize = 4;
@@ -141,24 +144,26 @@ impl Parking {
         entries.push(Entry { chat, tokens, n_exact, size, place });
     }
 
-    /// The longest prefix of `wanted` in host memory, if it is longer than `at_least`.
+    /// The longest prefix of `wanted` in host memory, if it is worth putting back where `n_cached` tokens of it are
+    /// in cells.
     #[must_use]
-    pub fn find(&self, chat: Chat, wanted: &[Token], divisible: bool, at_least: usize) -> Option<Found> {
+    pub fn find(&self, chat: Chat, wanted: &[Token], divisible: bool, n_cached: usize) -> Option<Found> {
         let entries = self.lock();
-        let (n, entry) = best(entries.iter().filter(|entry| entry.in_host()), chat, wanted, divisible)?;
+        let in_host = entries.iter().filter(|entry| entry.in_host());
+        let (n, entry) = best(in_host, chat, wanted, divisible, n_cached)?;
         match &entry.place {
-            Place::Host { state, from_disk } if n > at_least => {
+            Place::Host { state, from_disk } => {
                 let source = if *from_disk { Source::Disk } else { Source::Host };
                 Some(Found { state: Arc::clone(state), n, source })
             }
-            _ => None,
+            Place::Disk(_) => None,
         }
     }
 
-    /// Reads what would serve `wanted` best back from disk, if it lies there. Blocks.
+    /// Reads what would serve `wanted` best back from disk, if it lies there and is worth it. Blocks.
     pub fn fetch(&self, chat: Chat, wanted: &[Token], divisible: bool) {
         let entries = self.lock();
-        let Some((_, entry)) = best(entries.iter(), chat, wanted, divisible) else { return };
+        let Some((_, entry)) = best(entries.iter(), chat, wanted, divisible, 0) else { return };
         let Place::Disk(file) = &entry.place else { return };
         let (file, tokens, n_exact, size) = (Arc::clone(file), Arc::clone(&entry.tokens), entry.n_exact, entry.size);
         let owner = entry.chat;
@@ -240,13 +245,24 @@ impl Parking {
     }
 }
 
+/// The entry that serves most of `wanted`, of those worth putting back.
 fn best<'a>(
     entries: impl Iterator<Item = &'a Entry>,
     chat: Chat,
     wanted: &[Token],
     divisible: bool,
+    n_cached: usize,
 ) -> Option<(usize, &'a Entry)> {
-    entries.map(|entry| (entry.serves(chat, wanted, divisible), entry)).filter(|&(n, _)| n > 0).max_by_key(|&(n, _)| n)
+    entries
+        .map(|entry| (entry.serves(chat, wanted, divisible), entry))
+        .filter(|&(n, entry)| is_worth_it(n.saturating_sub(n_cached), entry.tokens.len()))
+        .max_by_key(|&(n, _)| n)
+}
+
+/// Whether sparing the evaluation of `n_gained` tokens is worth putting a state of `n_tokens` back: a long one must
+/// not come back for the few words that all prompts begin with.
+fn is_worth_it(n_gained: usize, n_tokens: usize) -> bool {
+    n_gained >= MIN_TOKENS && n_gained * TOKENS_PER_EVALUATED >= n_tokens
 }
 
 fn make_room(entries: &mut Vec<Entry>, limit: usize) {
@@ -291,9 +307,17 @@ mod tests {
     /// A state of these tokens that takes `SIZE` bytes in all.
     const SIZE: usize = 1000;
 
+    /// The tokens that every state here begins with: enough of them to be worth putting back.
+    const HEAD: usize = MIN_TOKENS;
+
+    fn after_head(tokens: &[Token]) -> Vec<Token> {
+        [&[0; HEAD], tokens].concat()
+    }
+
     fn state(tokens: &[Token]) -> SavedState {
-        let bytes = vec![tokens[0] as u8; SIZE - tokens.len() * 8];
-        SavedState { tokens: tokens.to_vec(), n_exact: tokens.len(), bytes }
+        let bytes = vec![tokens[0] as u8; SIZE - (HEAD + tokens.len()) * 8];
+        let tokens = after_head(tokens);
+        SavedState { n_exact: tokens.len(), tokens, bytes }
     }
 
     fn parking(host: usize, disk: usize) -> Parking {
@@ -301,7 +325,7 @@ mod tests {
     }
 
     fn found(parking: &Parking, chat: Chat, wanted: &[Token]) -> Option<(usize, Source)> {
-        parking.find(chat, wanted, true, 0).map(|found| (found.n, found.source))
+        parking.find(chat, &after_head(wanted), true, 0).map(|found| (found.n - HEAD, found.source))
     }
 
     #[test]
@@ -310,22 +334,40 @@ mod tests {
         parking.park(1, state(&[1, 2, 3]));
         parking.park(2, state(&[1, 2, 9, 9]));
         assert_eq!(found(&parking, 3, &[1, 2, 3, 4]), Some((3, Source::Host)));
-        assert_eq!(found(&parking, 3, &[7]), None);
-        assert!(parking.find(3, &[1, 2, 3, 4], true, 3).is_none());
+        assert!(parking.find(3, &[7], true, 0).is_none());
+    }
+
+    #[test]
+    fn a_state_comes_back_only_for_what_evaluating_would_cost_more_than() {
+        let parking = parking(4, 4);
+        parking.park(1, state(&[1; TOKENS_PER_EVALUATED * HEAD]));
+        parking.park(2, state(&[2, 3]));
+        // All begin alike, but only the short one is worth putting back for that.
+        assert_eq!(found(&parking, 3, &[9]), Some((0, Source::Host)));
+        parking.forget(2);
+        assert_eq!(found(&parking, 3, &[9]), None);
+        assert_eq!(found(&parking, 3, &[1; HEAD]), Some((HEAD, Source::Host)));
+        // What is in cells is no gain.
+        assert!(parking.find(3, &after_head(&[1; HEAD]), true, HEAD + 1).is_none());
+        parking.spill_to(0);
+        parking.fetch(3, &after_head(&[9]), true);
+        assert_eq!(parking.parked().host_bytes, 0);
+        parking.fetch(3, &after_head(&[1; HEAD]), true);
+        assert_eq!(found(&parking, 3, &[1; HEAD]), Some((HEAD, Source::Disk)));
     }
 
     #[test]
     fn a_state_that_cannot_be_cut_serves_whole_or_not_at_all() {
         let parking = parking(4, 0);
         parking.park(1, state(&[1, 2, 3]));
-        assert!(parking.find(1, &[1, 2, 4], false, 0).is_none());
-        assert_eq!(parking.find(1, &[1, 2, 3, 4], false, 0).map(|found| found.n), Some(3));
+        assert!(parking.find(1, &after_head(&[1, 2, 4]), false, 0).is_none());
+        assert_eq!(parking.find(1, &after_head(&[1, 2, 3, 4]), false, 0).map(|found| found.n), Some(HEAD + 3));
     }
 
     #[test]
     fn moved_cells_serve_the_chat_that_moved_them_and_nobody_else() {
         let parking = parking(4, 0);
-        parking.park(1, SavedState { n_exact: 1, ..state(&[1, 2, 3]) });
+        parking.park(1, SavedState { n_exact: HEAD + 1, ..state(&[1, 2, 3]) });
         assert_eq!(found(&parking, 1, &[1, 2, 3]), Some((3, Source::Host)));
         assert_eq!(found(&parking, 2, &[1, 2, 3]), Some((1, Source::Host)));
     }
@@ -335,7 +377,7 @@ mod tests {
         let parking = parking(4, 0);
         parking.park(1, state(&[1, 2]));
         parking.park(1, state(&[5, 6]));
-        assert_eq!((found(&parking, 1, &[1, 2]), parking.parked().n_states), (None, 1));
+        assert_eq!((found(&parking, 1, &[1, 2]), parking.parked().n_states), (Some((0, Source::Host)), 1));
         parking.forget(1);
         assert_eq!(parking.parked(), Parked::default());
     }
@@ -348,9 +390,9 @@ mod tests {
         }
         parking.spill();
         assert_eq!(parking.parked(), Parked { n_states: 2, host_bytes: SIZE, disk_bytes: SIZE });
-        assert_eq!(found(&parking, 1, &[1, 2, 3]), None);
-        parking.fetch(1, &[1, 2, 3], true);
-        let back = parking.find(1, &[1, 2, 3], true, 0).expect("it was fetched");
+        assert_eq!(found(&parking, 1, &[1, 2, 3]), Some((0, Source::Host)));
+        parking.fetch(1, &after_head(&[1, 2, 3]), true);
+        let back = parking.find(1, &after_head(&[1, 2, 3]), true, 0).expect("it was fetched");
         assert_eq!((back.source, &*back.state), (Source::Disk, &state(&[1, 2, 3])));
     }
 
@@ -362,7 +404,8 @@ mod tests {
             parking.spill();
         }
         assert_eq!(parking.parked(), Parked { n_states: 2, host_bytes: 2 * SIZE, disk_bytes: 0 });
-        assert_eq!((found(&parking, 1, &[1]), found(&parking, 3, &[3])), (None, Some((1, Source::Host))));
+        let common = Some((0, Source::Host));
+        assert_eq!((found(&parking, 1, &[1]), found(&parking, 3, &[3])), (common, Some((1, Source::Host))));
     }
 
     #[test]
@@ -383,7 +426,7 @@ mod tests {
                 let tokens = [chat as Token, 2, 3];
                 match what {
                     0 => parking.spill(),
-                    1 => parking.fetch(chat, &tokens, true),
+                    1 => parking.fetch(chat, &after_head(&tokens), true),
                     2 => parking.forget(chat),
                     _ => parking.park(chat, state(&tokens)),
                 }

@@ -141,9 +141,20 @@ impl Decoder {
             }
             // What is evicted may be what would have been shared: plan again.
             if !self.could_have_room(slot) || !self.evict_one(slot) {
-                return false;
+                return self.admit_without_parked(slot, &prefix);
             }
         }
+    }
+
+    /// Admits a job for whose parked state there is no room, if there is for its prompt.
+    fn admit_without_parked(&mut self, slot: Slot, planned: &Prefix) -> bool {
+        let prefix = Prefix::Cells(self.plan_cells(slot));
+        let fits = matches!(planned, Prefix::Parked(_)) && self.has_room(slot, &prefix);
+        if fits {
+            self.apply_prefix(slot, prefix);
+            self.admit_now(slot);
+        }
+        fits
     }
 
     /// Whether the tokens that `prefix` leaves to evaluate fit, beside what others have reserved.

@@ -3,14 +3,11 @@
 use std::sync::mpsc::Sender;
 
 use super::super::cache::{Reuse, Slot, common_prefix, merged_ranges, plan_reuse};
-use super::super::job::{Chat, End, Goal, Holder, MemoryOp, MemoryReply, SavedState};
+use super::super::job::{Chat, End, Goal, Holder, Job, MemoryOp, MemoryReply, SavedState};
 use super::super::parking::Found;
 use super::{CHECKPOINTS, Checkpoint, Decoder, State, overflow};
 use crate::error::{Error, Result};
-
-/// Tokens that a parked state must spare beyond what the cells have: putting it back costs about as much as
-/// evaluating so many.
-const WORTH_PUTTING_BACK: usize = 16;
+use crate::llama::Token;
 
 /// What a job begins with.
 pub(super) enum Prefix {
@@ -23,26 +20,23 @@ pub(super) enum Prefix {
 impl Decoder {
     /// The longest usable prefix of the job's tokens, wherever it is.
     pub(super) fn plan_prefix(&self, slot: Slot) -> Prefix {
-        let sequence = &self.sequences[slot as usize];
-        let Some(running) = sequence.running.as_ref() else { return Prefix::Cells(Reuse::Own(0)) };
-        let wanted = &running.job.tokens;
-        let limit = match running.job.goal {
-            _ if running.job.alone => 0,
-            Goal::Evaluate => wanted.len(),
-            // Its row is wanted, so the last token must be evaluated.
-            Goal::Generate(_) => wanted.len() - 1,
-            Goal::Score(from) => from.saturating_sub(1),
-        };
-        let wanted = &wanted[..limit.min(wanted.len())];
-        let lengths: Vec<usize> = sequence.checkpoints.iter().map(|checkpoint| checkpoint.length).collect();
-        let chat = running.job.chat;
-        let same_holder = sequence.holder == running.job.holder || (chat != 0 && chat == sequence.chat);
-        let reuse = plan_reuse(&self.cells, slot, wanted, same_holder, self.can, &lengths);
-        let enough = reuse.n_cached() + WORTH_PUTTING_BACK;
-        match self.shared.parking.find(chat, wanted, self.can.remove_tail, enough) {
+        let reuse = self.plan_cells(slot);
+        let Some(running) = self.sequences[slot as usize].running.as_ref() else { return Prefix::Cells(reuse) };
+        let wanted = reusable(&running.job);
+        match self.shared.parking.find(running.job.chat, wanted, self.can.remove_tail, reuse.n_cached()) {
             Some(found) => Prefix::Parked(found),
             None => Prefix::Cells(reuse),
         }
+    }
+
+    /// The longest usable prefix of the job's tokens in cells.
+    pub(super) fn plan_cells(&self, slot: Slot) -> Reuse {
+        let sequence = &self.sequences[slot as usize];
+        let Some(running) = sequence.running.as_ref() else { return Reuse::Own(0) };
+        let (wanted, chat) = (reusable(&running.job), running.job.chat);
+        let lengths: Vec<usize> = sequence.checkpoints.iter().map(|checkpoint| checkpoint.length).collect();
+        let same_holder = sequence.holder == running.job.holder || (chat != 0 && chat == sequence.chat);
+        plan_reuse(&self.cells, slot, wanted, same_holder, self.can, &lengths)
     }
 
     /// Makes that prefix the content of the job's sequence.
@@ -356,4 +350,16 @@ impl Decoder {
         }
         fits
     }
+}
+
+/// The tokens of a job that need not be evaluated if they are cached.
+fn reusable(job: &Job) -> &[Token] {
+    let n = match job.goal {
+        _ if job.alone => 0,
+        Goal::Evaluate => job.tokens.len(),
+        // Its row is wanted, so the last token must be evaluated.
+        Goal::Generate(_) => job.tokens.len() - 1,
+        Goal::Score(from) => from.saturating_sub(1),
+    };
+    &job.tokens[..n.min(job.tokens.len())]
 }
