@@ -35,6 +35,7 @@ from llamactor.errors import (
     ContextOverflowError,
     DeadlineExceededError,
     DecodeError,
+    GrammarError,
     InsufficientMemoryError,
     LlamactorError,
     LoadCancelledError,
@@ -46,6 +47,7 @@ from llamactor.errors import (
     UnsupportedError,
     WorkerCrashedError,
 )
+from llamactor.grammar import Grammar
 from llamactor.loading import Loading, LoadProgress, load_model
 from llamactor.model import Model, ModelInfo, SpecialTokens
 from llamactor.options import (
@@ -101,6 +103,8 @@ __all__ = (
     "Event",
     "Finished",
     "GenerationOptions",
+    "Grammar",
+    "GrammarError",
     "InsufficientMemoryError",
     "LlamactorError",
     "LoadCancelledError",

@@ -10,6 +10,7 @@ The tree, with the built-in class each one also derives from in parentheses::
     ├── InsufficientMemoryError (MemoryError)
     ├── ContextOverflowError (ValueError)
     ├── ChatTemplateError (ValueError)  the chat template failed, or refuses the messages
+    ├── GrammarError (ValueError)       a grammar or schema is malformed, or cannot be kept to
     ├── DecodeError                     the evaluation itself failed
     ├── StateMismatchError (ValueError) a saved state of another model or layout
     ├── ClosedError                     the object, or what it lives in, was closed
@@ -36,6 +37,7 @@ __all__ = (
     "ContextOverflowError",
     "DeadlineExceededError",
     "DecodeError",
+    "GrammarError",
     "InsufficientMemoryError",
     "LlamactorError",
     "LoadCancelledError",
@@ -82,6 +84,10 @@ class ContextOverflowError(LlamactorError, ValueError):
 
 class ChatTemplateError(LlamactorError, ValueError):
     """A chat template cannot be read, failed, or refuses these messages."""
+
+
+class GrammarError(LlamactorError, ValueError):
+    """A grammar or a schema is malformed or too large, or no answer can keep to it."""
 
 
 class DecodeError(LlamactorError):

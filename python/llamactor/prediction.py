@@ -149,6 +149,11 @@ class PredictionResult(msgspec.Struct, frozen=True):
     """The stretches of reasoning, in order."""
     content_start: int = 0
     """Index of the token in which content begins; the number of tokens if reasoning is all."""
+    completed: bool = True
+    """False where a grammar, schema or regular expression had not come to its end by itself.
+
+    A limit has closed the content then, or cut it; or a stop or a cancel has.
+    """
 
     def __str__(self) -> str:
         """Return the content."""
@@ -664,6 +669,7 @@ def _result(outcome: dict[str, Any], error: BaseException | None) -> PredictionR
         reasoning=outcome["reasoning"],
         segments=tuple(Segment("reasoning", *segment) for segment in outcome["segments"]),
         content_start=outcome["content_start"],
+        completed=outcome["completed"],
     )
 
 

@@ -2,6 +2,7 @@
 
 mod actor;
 mod generation;
+pub mod grammar;
 mod lease;
 pub mod logits;
 pub mod note;
@@ -54,6 +55,8 @@ pub struct Request {
     pub text: TextOptions,
     /// How reasoning is told from content; `None` takes all for content.
     pub reasoning: Option<Reasoning>,
+    /// What the content may be; `None` allows everything.
+    pub constraint: Option<grammar::Spec>,
     /// Tokens at most; `None` has no limit.
     pub max_tokens: Option<usize>,
     /// Text that the answer begins with.
@@ -90,6 +93,8 @@ pub struct Outcome {
     pub stop_string: Option<String>,
     /// What it failed with.
     pub error: Option<Error>,
+    /// False where a constraint had not come to its end by itself.
+    pub completed: bool,
 }
 
 /// Where a generation's output goes.
