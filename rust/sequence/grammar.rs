@@ -8,6 +8,7 @@ mod gate;
 mod gbnf;
 mod guided;
 mod lazy;
+pub mod schema;
 mod words;
 
 use std::collections::HashMap;
