@@ -342,7 +342,7 @@ impl Step<'_> {
     fn key(&mut self, object: &Object, members: &Members, head: &Head) {
         self.name(object, 0, b'"', members, head);
         if object.takes_others(members.next, members.count) {
-            self.other(object, 0, EMPTY_HASH, members, head);
+            self.other(object, 0, hash(EMPTY_HASH, b'"'), members, head);
         }
     }
 
