@@ -43,6 +43,8 @@ pub struct Limits {
     pub states: usize,
     /// Work for one pattern, in derivre's units.
     pub fuel: u64,
+    /// Properties in a row that are not required.
+    pub optional: usize,
     /// Symbols of the grammar.
     pub symbols: usize,
     /// Bytes of the shortest document.

@@ -159,6 +159,10 @@ fn spelt(hir: &Hir) -> Result<RegexAst, String> {
 
 /// A text as it is spelt.
 pub fn literal(text: &str) -> RegexAst {
+    if text.is_ascii() {
+        let quoted = serde_json::Value::from(text).to_string();
+        return RegexAst::Literal(quoted[1..quoted.len() - 1].to_owned());
+    }
     RegexAst::Concat(text.chars().map(|character| class(&[(character, character)])).collect())
 }
 

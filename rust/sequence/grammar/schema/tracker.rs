@@ -139,7 +139,11 @@ pub struct Tracker {
 impl Tracker {
     /// At the beginning of a document.
     pub fn new(program: Arc<Program>) -> Self {
-        Self { program, heads: vec![Head { state: State::Start, around: None }] }
+        let mut heads = vec![Head { state: State::Start, around: None }];
+        if program.is_whole_when_empty() {
+            heads.push(Head { state: State::End, around: None });
+        }
+        Self { program, heads }
     }
 
     /// Reads on. False if no document begins like this; nothing can be read after that.
