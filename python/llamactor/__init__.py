@@ -42,6 +42,7 @@ from llamactor.errors import (
     ModelNotFoundError,
     ModelNotLoadedError,
     QueueFullError,
+    SchemaValidationError,
     StateMismatchError,
     UnsupportedError,
     WorkerCrashedError,
@@ -75,6 +76,14 @@ from llamactor.prediction import (
     TextDelta,
     TokenLogprob,
 )
+from llamactor.schema import (
+    FunctionSchema,
+    Schema,
+    describe_schema,
+    repair,
+    schema_of,
+    schema_of_function,
+)
 from llamactor.sequence import ContextSequence, Sequence, SequenceUsage
 from llamactor.system import Device, LogLevel, devices, set_log_level, system_info
 
@@ -100,6 +109,7 @@ __all__ = (
     "DynamicTemperature",
     "Event",
     "Finished",
+    "FunctionSchema",
     "GenerationOptions",
     "InsufficientMemoryError",
     "LlamactorError",
@@ -121,6 +131,8 @@ __all__ = (
     "PromptProgress",
     "QueueFullError",
     "RepeatPenalty",
+    "Schema",
+    "SchemaValidationError",
     "Segment",
     "SegmentEnd",
     "SegmentStart",
@@ -141,10 +153,14 @@ __all__ = (
     "UserMessage",
     "WorkerCrashedError",
     "Xtc",
+    "describe_schema",
     "devices",
     "dump_history",
     "load_history",
     "load_model",
+    "repair",
+    "schema_of",
+    "schema_of_function",
     "set_log_level",
     "system_info",
     "to_messages",
