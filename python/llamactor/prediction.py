@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from llamactor import _core
     from llamactor.options import ReasoningMarks
-    from llamactor.schema import Schema
+    from llamactor.schema import PartialReader, Schema
 
 T = TypeVar("T")
 
@@ -604,40 +604,52 @@ class _EventIterator(PredictionIterator[Event]):
         return Finished(result)
 
 
-class _ValueIterator(PredictionIterator[Any]):
-    __slots__ = ("_finished", "_last", "_unread", "_values")
+class _Values:
+    """The text of one reader as values; apart from its iterator, which nothing may hold."""
 
-    def __init__(self, prediction: Prediction, state: _State, schema: Schema[Any]) -> None:
-        super().__init__(prediction, state, events=False)
-        self._values = schema.reader()
+    __slots__ = ("_read", "_reader", "_unread", "last")
+
+    def __init__(self, read: Callable[[int], str | None], reader: PartialReader) -> None:
+        self._read = read
+        self._reader = reader
         self._unread = ""
-        self._last: Any = msgspec.UNSET
-        self._finished = False
-        self._take = self._next_value
+        self.last: Any = msgspec.UNSET
+        """The value that was taken last."""
 
-    def _next_value(self, reader: int) -> Any:
+    @property
+    def is_null(self) -> bool:
+        """Whether the whole document says null, which is no value to grow."""
+        return self._reader.value is None
+
+    def take(self, reader: int) -> Any:
         """Read until the value changes; None if nothing more has come."""
         while True:
-            self._unread = self._unread or self._native.read(reader) or ""
+            self._unread = self._unread or self._read(reader) or ""
             if not self._unread:
                 return None
             text = self._unread[:CHARACTERS_PER_VALUE]
             self._unread = self._unread[CHARACTERS_PER_VALUE:]
-            if self._values.feed(text):
-                value = self._values.value
-                if value is not None and value is not msgspec.UNSET:  # null waits for the end
-                    self._last = value
-                    return value
+            value = self._reader.value if self._reader.feed(text) else None
+            if value is not None and value is not msgspec.UNSET:
+                self.last = value
+                return value
+
+
+class _ValueIterator(PredictionIterator[Any]):
+    __slots__ = ("_values",)
+
+    def __init__(self, prediction: Prediction, state: _State, schema: Schema[Any]) -> None:
+        super().__init__(prediction, state, events=False)
+        self._values = _Values(state.native.read, schema.reader())
+        self._take = self._values.take
 
     def _end(self) -> Any:
         self._close()
-        result = self._state.deliver()
-        last, self._last = self._last, result.parsed
-        parsed = result.parsed is not None or self._values.value is None
-        if self._finished or not parsed or last == result.parsed:
+        parsed, values = self._state.deliver().parsed, self._values
+        if (parsed is None and not values.is_null) or parsed == values.last:
             raise StopAsyncIteration
-        self._finished = True
-        return result.parsed
+        values.last = parsed
+        return parsed
 
 
 def start_prediction(
