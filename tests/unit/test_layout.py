@@ -43,9 +43,10 @@ PYTHON_MODULES = {
         *("_checks", "_home", "_hub", "_opening", "chat"),
         *("context", "errors", "options", "prediction"),
     },
+    "_bare": {"_hub", "_opening", "options"},
     "system": {"_checks", "_core"},
     "loading": {"_checks", "_core", "_hub", "errors", "model", "options", "prediction"},
-    "cli": {"chat", "errors", "loading", "options", "prediction"},
+    "cli": {"_bare", "chat", "errors", "loading", "options", "prediction", "system"},
 }
 
 TOP_LEVEL = {

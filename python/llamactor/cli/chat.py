@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import msgspec
+from cyclopts import Group, Parameter
 
 from llamactor.chat import AssistantMessage, Message, UserMessage
 from llamactor.chat.session import ChatSession
-from llamactor.cli.terminal import STDIN, explained, loaded, read_lines, say, statistics, write
+from llamactor.cli.flags import OUTPUT, ChatFlags, LoadFlags, Reference, Stats, Text, variable
+from llamactor.cli.terminal import (
+    STDIN,
+    Work,
+    explained,
+    loaded,
+    read_lines,
+    say,
+    statistics,
+    write,
+)
 from llamactor.errors import LlamactorError
-from llamactor.loading import load_model
+from llamactor.loading import DEFAULT_MODEL, load_model
 from llamactor.prediction import Prediction, PredictionResult, SegmentEnd, TextDelta
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
 
-    from llamactor.cli.arguments import ChatArguments
     from llamactor.cli.editor import Editor
     from llamactor.cli.terminal import Interrupts
     from llamactor.model import Model
+    from llamactor.options import GenerationKeywords, LoadKeywords
 
 HELP = {
     "/save PATH": "write the conversation to a file",
@@ -47,7 +60,102 @@ class CommandError(ValueError):
     """A line that begins with "/" and cannot be obeyed."""
 
 
-async def chat(arguments: ChatArguments, interrupts: Interrupts) -> int:
+class ChatArguments(msgspec.Struct, frozen=True, kw_only=True):
+    """What a chat was told."""
+
+    model: str
+    """Reference of the model."""
+    loading: LoadKeywords
+    """Options of the load that were given."""
+    generation: GenerationKeywords
+    """Options of the answers that were given."""
+    system_prompt: str | None
+    """What the model is told first."""
+    saved: Path | None
+    """A saved session to go on with."""
+    template_kwargs: Mapping[str, object]
+    """Variables for the chat template."""
+    stats: bool
+    """Whether each answer is followed by what it took, on stderr."""
+    echo: bool
+    """Whether lines that come from a pipe are printed before their answers."""
+
+
+@Parameter(name="*", group=Group("The conversation", sort_key=1), negative=(), show_default=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversationFlags:
+    """What a conversation begins with."""
+
+    system: Text = None
+    """What the model is told first."""
+    system_file: Path | None = None
+    """The same, from a file."""
+    load: Path | None = None
+    """Go on with what /save saved."""
+    chat_template: Path | None = None
+    """Jinja file in place of the model's own."""
+    template_kwarg: Annotated[
+        list[tuple[str, object]] | None,
+        Parameter(converter=variable, n_tokens=1, metavar="NAME=VALUE"),
+    ] = None
+    """Variable for the template, as enable_thinking=false; may be given again."""
+
+    def system_prompt(self) -> str | None:
+        """Return what the model is told first.
+
+        Raises:
+            ValueError: it is said in two places.
+        """
+        if (self.system, self.system_file, self.load).count(None) < 2:
+            raise ValueError(
+                "what the model is told first comes from one place: "
+                "--system, --system-file, or the saved session of --load"
+            )
+        if self.system_file is None:
+            return self.system
+        return self.system_file.read_text(encoding="utf-8").rstrip("\n")
+
+
+def chat(
+    ref: Reference = DEFAULT_MODEL,
+    /,
+    *,
+    conversation: ConversationFlags = ConversationFlags(),
+    answer: ChatFlags = ChatFlags(),  # noqa: B008 -- frozen
+    loading: LoadFlags = LoadFlags(),  # noqa: B008 -- frozen
+    stats: Stats = False,
+    echo: Annotated[
+        bool,
+        Parameter(
+            group=OUTPUT,
+            negative=(),
+            show_default=False,
+            help="Print lines of a pipe before their answers.",
+        ),
+    ] = False,
+) -> Work:
+    """Talk with a model.
+
+    In a terminal: Ctrl-C cancels an answer, Ctrl-D ends, /help lists what else there is. Lines
+    from a pipe are answered one after the other, each on lines of its own.
+    """
+    more: dict[str, object] = {"sequences": 1}  # one conversation at a time
+    if conversation.chat_template is not None:
+        more["chat_template"] = conversation.chat_template.read_text(encoding="utf-8")
+    arguments = ChatArguments(
+        model=ref,
+        loading=loading.keywords(**more),
+        generation=answer.keywords(),
+        system_prompt=conversation.system_prompt(),
+        saved=conversation.load,
+        template_kwargs=dict(conversation.template_kwarg or ()),
+        stats=stats,
+        echo=echo,
+    )
+    return partial(_chat, arguments)
+
+
+async def _chat(arguments: ChatArguments, interrupts: Interrupts) -> int:
     """Talk until the input ends and return the exit status.
 
     Cancelling this cancels the answer that is being given and closes the model.

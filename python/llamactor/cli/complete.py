@@ -3,16 +3,68 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
-from llamactor.cli.terminal import STDIN, loaded, read_all, say, statistics, write
-from llamactor.loading import load_model
+import msgspec
+from cyclopts import Parameter
+
+from llamactor.cli.flags import ANSWER, REFERENCE, CompletionFlags, LoadFlags, Stats
+from llamactor.cli.terminal import STDIN, Work, loaded, read_all, say, statistics, write
+from llamactor.loading import DEFAULT_MODEL, load_model
 
 if TYPE_CHECKING:
-    from llamactor.cli.arguments import CompleteArguments
+    from llamactor.cli.terminal import Interrupts
+    from llamactor.options import GenerationKeywords, LoadKeywords
 
 
-async def complete(arguments: CompleteArguments) -> int:
+class CompleteArguments(msgspec.Struct, frozen=True, kw_only=True):
+    """What a completion was told."""
+
+    model: str
+    """Reference of the model."""
+    loading: LoadKeywords
+    """Options of the load that were given."""
+    generation: GenerationKeywords
+    """Options of the completion that were given."""
+    prompt: str | None
+    """Text to continue; None is what stdin says."""
+    stats: bool
+    """Whether what it took follows, on stderr."""
+
+
+def complete(
+    prompt: Annotated[str, Parameter(help='The text; without it or with "-", from stdin.')] = "-",
+    /,
+    *,
+    model: Annotated[str, Parameter(metavar="REF", help=REFERENCE)] = DEFAULT_MODEL,
+    no_special: Annotated[
+        bool,
+        Parameter(
+            group=ANSWER, negative=(), show_default=False, help="Special tokens are plain text."
+        ),
+    ] = False,
+    answer: CompletionFlags = CompletionFlags(),  # noqa: B008 -- frozen
+    loading: LoadFlags = LoadFlags(),  # noqa: B008 -- frozen
+    stats: Stats = False,
+) -> Work:
+    """Continue a text; special tokens in it count.
+
+    The text goes to stdout as it is generated, without what was given.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty: there is nothing to continue")
+    arguments = CompleteArguments(
+        model=model,
+        loading=loading.keywords(sequences=1),
+        generation=answer.keywords(special=not no_special),
+        prompt=None if prompt == "-" else prompt,
+        stats=stats,
+    )
+    return partial(_complete, arguments)
+
+
+async def _complete(arguments: CompleteArguments, _: Interrupts) -> int:
     """Continue the prompt on stdout and return the exit status.
 
     Cancelling this cancels the prediction and closes the model.
