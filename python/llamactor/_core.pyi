@@ -145,7 +145,7 @@ def set_log_level(level: str) -> None: ...
 # without the GIL:
 # {"version": 2 or 3, "alignment": bytes, "data_offset": where the tensor data starts,
 #  "file_size": bytes, "parts": files of a split model, else 1,
-#  "metadata": {key: bool | int | float | str | list[int] | list[bool] | {"type": .., "length": ..}},
+#  "metadata": {key: bool | int | float | str | list[int] | list[bool] | {"type": …, "length": …}},
 #  "tensors": [(name, dimensions (innermost first), type such as "q4_K", offset, bytes)]}.
 # Arrays of up to 1,024 integers or truth values are lists; of all others there are only the type
 # ("string", "float32" …) and the length. ModelNotFoundError, or ModelLoadError with the rule that
