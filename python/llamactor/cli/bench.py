@@ -16,8 +16,9 @@ from llamactor._bare import bare_loop
 from llamactor.cli.flags import Json, LoadFlags, Reference
 from llamactor.cli.tables import show_json, show_table, show_values, size
 from llamactor.cli.terminal import Status, Work, loaded, progress
-from llamactor.loading import DEFAULT_MODEL, load_model
+from llamactor.loading import load_model
 from llamactor.options import ContextOptions
+from llamactor.store.refs import DEFAULT_MODEL
 from llamactor.system import system_info
 
 if TYPE_CHECKING:

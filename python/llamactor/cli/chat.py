@@ -15,28 +15,35 @@ from cyclopts import Group, Parameter
 
 from llamactor.chat import AssistantMessage, Message, UserMessage
 from llamactor.chat.session import ChatSession
-from llamactor.cli.flags import OUTPUT, ChatFlags, LoadFlags, Reference, Stats, Text, variable
+from llamactor.cli.flags import (
+    OUTPUT,
+    ChatFlags,
+    LoadFlags,
+    Preset,
+    Reference,
+    Stats,
+    Text,
+    variable,
+)
 from llamactor.cli.terminal import (
     STDIN,
     Work,
     explained,
-    loaded,
     read_lines,
     say,
     statistics,
     write,
 )
+from llamactor.cli.using import Use, Wanted, using
 from llamactor.errors import LlamactorError
-from llamactor.loading import DEFAULT_MODEL, load_model
 from llamactor.prediction import Prediction, PredictionResult, SegmentEnd, TextDelta
+from llamactor.store.refs import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
     from llamactor.cli.editor import Editor
     from llamactor.cli.terminal import Interrupts
-    from llamactor.model import Model
-    from llamactor.options import GenerationKeywords, LoadKeywords
 
 HELP = {
     "/save PATH": "write the conversation to a file",
@@ -63,12 +70,8 @@ class CommandError(ValueError):
 class ChatArguments(msgspec.Struct, frozen=True, kw_only=True):
     """What a chat was told."""
 
-    model: str
-    """Reference of the model."""
-    loading: LoadKeywords
-    """Options of the load that were given."""
-    generation: GenerationKeywords
-    """Options of the answers that were given."""
+    wanted: Wanted
+    """The model, and how it answers."""
     system_prompt: str | None
     """What the model is told first."""
     saved: Path | None
@@ -121,6 +124,7 @@ def chat(
     /,
     *,
     conversation: ConversationFlags = ConversationFlags(),
+    preset: Preset = None,
     answer: ChatFlags = ChatFlags(),  # noqa: B008 -- frozen
     loading: LoadFlags = LoadFlags(),  # noqa: B008 -- frozen
     stats: Stats = False,
@@ -139,13 +143,16 @@ def chat(
     In a terminal: Ctrl-C cancels an answer, Ctrl-D ends, /help lists what else there is. Lines
     from a pipe are answered one after the other, each on lines of its own.
     """
-    more: dict[str, object] = {"sequences": 1}  # one conversation at a time
+    more: dict[str, object] = {}
     if conversation.chat_template is not None:
         more["chat_template"] = conversation.chat_template.read_text(encoding="utf-8")
     arguments = ChatArguments(
-        model=ref,
-        loading=loading.keywords(**more),
-        generation=answer.keywords(),
+        wanted=Wanted(
+            model=ref,
+            loading=loading.keywords(**more),
+            generation=answer.keywords(),
+            preset=preset,
+        ),
         system_prompt=conversation.system_prompt(),
         saved=conversation.load,
         template_kwargs=dict(conversation.template_kwarg or ()),
@@ -160,31 +167,31 @@ async def _chat(arguments: ChatArguments, interrupts: Interrupts) -> int:
 
     Cancelling this cancels the answer that is being given and closes the model.
     """
-    async with await loaded(load_model(arguments.model, **arguments.loading)) as model:
-        session = await _session(model, arguments)
+    async with using(arguments.wanted) as use:
+        session = await _session(use, arguments)
         if os.isatty(STDIN) and sys.stdout.isatty():
-            await TerminalChat(model, session, arguments, interrupts).run()
+            await TerminalChat(use, session, arguments, interrupts).run()
         else:
-            await PipeChat(model, session, arguments).run()
+            await PipeChat(use, session, arguments).run()
     return 0
 
 
-async def _session(model: Model, arguments: ChatArguments) -> ChatSession:
+async def _session(use: Use, arguments: ChatArguments) -> ChatSession:
     if arguments.saved is not None:
-        return await ChatSession.restore(arguments.saved, model, **arguments.generation)
-    return model.chat(
+        return await ChatSession.restore(arguments.saved, use.model, **use.generation)
+    return use.model.chat(
         system_prompt=arguments.system_prompt,
         template_kwargs=arguments.template_kwargs,
-        **arguments.generation,
+        **use.generation,
     )
 
 
 class Conversation:
     """A session and the commands that one can give about it, wherever its lines come from."""
 
-    def __init__(self, model: Model, session: ChatSession, arguments: ChatArguments) -> None:
+    def __init__(self, use: Use, session: ChatSession, arguments: ChatArguments) -> None:
         """Go on with `session`."""
-        self.model = model
+        self.use = use
         self.session = session
         self.arguments = arguments
         self.last: PredictionResult | None = None
@@ -231,6 +238,7 @@ class Conversation:
 
     async def _prompt(self, text: str) -> None:
         self.last = await self.answer(self.session.prompt(text))
+        self.use.note(self.last)
         if self.arguments.stats:
             say(statistics(self.last))
 
@@ -243,7 +251,7 @@ class Conversation:
     async def load(self, argument: str) -> None:
         """Go on with a saved conversation. Cancelling this goes on with this one."""
         path = _path(argument, "/load PATH")
-        restored = await ChatSession.restore(path, self.model, **self.arguments.generation)
+        restored = await ChatSession.restore(path, self.use.model, **self.use.generation)
         before, self.session = self.session, restored
         await before.aclose()
         self.note(f"loaded {_messages(restored.history)} from {path}")
@@ -306,7 +314,7 @@ class TerminalChat(Conversation):
 
     def __init__(
         self,
-        model: Model,
+        use: Use,
         session: ChatSession,
         arguments: ChatArguments,
         interrupts: Interrupts,
@@ -314,7 +322,7 @@ class TerminalChat(Conversation):
         """Go on with `session`, and with what Ctrl-C does in `interrupts`."""
         from llamactor.cli.editor import Editor  # a pipe needs no terminal library
 
-        super().__init__(model, session, arguments)
+        super().__init__(use, session, arguments)
         self._interrupts = interrupts
         paths = {usage.split()[0]: usage.endswith("PATH") for usage in HELP}
         self._editor: Editor = Editor(interrupts, paths)
@@ -326,7 +334,8 @@ class TerminalChat(Conversation):
 
     async def run(self) -> None:
         """Take lines until the user has enough. Cancelling this gives the terminal back."""
-        self.note(f"{self.model.info.name or self.model.info.path}; /help shows the commands")
+        info = self.use.model.info
+        self.note(f"{info.name or info.path}; /help shows the commands")
         # A signal may come between an answer and the next prompt.
         with self._editor, self._interrupts.calling(self._editor.interrupted):
             async for line in self._editor.lines():

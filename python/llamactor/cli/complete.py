@@ -9,24 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 from cyclopts import Parameter
 
-from llamactor.cli.flags import ANSWER, REFERENCE, CompletionFlags, LoadFlags, Stats
-from llamactor.cli.terminal import STDIN, Work, loaded, read_all, say, statistics, write
-from llamactor.loading import DEFAULT_MODEL, load_model
+from llamactor.cli.flags import ANSWER, REFERENCE, CompletionFlags, LoadFlags, Preset, Stats
+from llamactor.cli.terminal import STDIN, Work, read_all, say, statistics, write
+from llamactor.cli.using import Wanted, using
+from llamactor.store.refs import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from llamactor.cli.terminal import Interrupts
-    from llamactor.options import GenerationKeywords, LoadKeywords
 
 
 class CompleteArguments(msgspec.Struct, frozen=True, kw_only=True):
     """What a completion was told."""
 
-    model: str
-    """Reference of the model."""
-    loading: LoadKeywords
-    """Options of the load that were given."""
-    generation: GenerationKeywords
-    """Options of the completion that were given."""
+    wanted: Wanted
+    """The model, and how it completes."""
     prompt: str | None
     """Text to continue; None is what stdin says."""
     stats: bool
@@ -37,13 +33,14 @@ def complete(
     prompt: Annotated[str, Parameter(help='The text; without it or with "-", from stdin.')] = "-",
     /,
     *,
-    model: Annotated[str, Parameter(metavar="REF", help=REFERENCE)] = DEFAULT_MODEL,
+    model: Annotated[str, Parameter(metavar="REF"), REFERENCE] = DEFAULT_MODEL,
     no_special: Annotated[
         bool,
         Parameter(
             group=ANSWER, negative=(), show_default=False, help="Special tokens are plain text."
         ),
     ] = False,
+    preset: Preset = None,
     answer: CompletionFlags = CompletionFlags(),  # noqa: B008 -- frozen
     loading: LoadFlags = LoadFlags(),  # noqa: B008 -- frozen
     stats: Stats = False,
@@ -55,9 +52,12 @@ def complete(
     if not prompt:
         raise ValueError("the prompt is empty: there is nothing to continue")
     arguments = CompleteArguments(
-        model=model,
-        loading=loading.keywords(sequences=1),
-        generation=answer.keywords(special=not no_special),
+        wanted=Wanted(
+            model=model,
+            loading=loading.keywords(),
+            generation=answer.keywords(**({"special": False} if no_special else {})),
+            preset=preset,
+        ),
         prompt=None if prompt == "-" else prompt,
         stats=stats,
     )
@@ -70,11 +70,12 @@ async def _complete(arguments: CompleteArguments, _: Interrupts) -> int:
     Cancelling this cancels the prediction and closes the model.
     """
     prompt = await _prompt_of_stdin() if arguments.prompt is None else arguments.prompt
-    async with await loaded(load_model(arguments.model, **arguments.loading)) as model:
-        async with model.complete(prompt, **arguments.generation) as prediction:
+    async with using(arguments.wanted) as use:
+        async with use.model.complete(prompt, **use.generation) as prediction:
             async for text in prediction:
                 write(text)
             result = await prediction
+        use.note(result)
         write("\n")
         if arguments.stats:
             say(statistics(result))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
 
 from cyclopts import Group, Parameter
 
+from llamactor.cli.completing import complete_preset, complete_reference, complete_stored
 from llamactor.options import (
     GenerationKeywords,
     LoadKeywords,
@@ -24,12 +25,28 @@ ANSWER = Group("The answer", sort_key=2)
 LOADING = Group("The model", sort_key=3)
 OUTPUT = Group("Output", sort_key=4)
 
-REFERENCE = (
-    'Path of a .gguf, a name that "llamactor ls" shows, "pkg:name" for the one inside an installed '
-    "Python package."
+REFERENCE = Parameter(
+    help='Path of a .gguf, a name that "llamactor ls" shows, "hf:owner/repo:Q4_K_M" on the hub, or '
+    '"pkg:name" for the one inside an installed Python package.',
+    completer=complete_reference,
 )
-Reference: TypeAlias = Annotated[str, Parameter(name="REF", help=REFERENCE)]
+Reference: TypeAlias = Annotated[str, Parameter(name="REF"), REFERENCE]
 """The first word of a command that has to do with one model."""
+StoredName: TypeAlias = Annotated[
+    str, Parameter(name="NAME", completer=complete_stored, help='A name that "llamactor ls" shows.')
+]
+PresetName: TypeAlias = Annotated[
+    str, Parameter(name="NAME", completer=complete_preset, help="What it is called.")
+]
+Preset: TypeAlias = Annotated[
+    str | None,
+    Parameter(
+        metavar="NAME",
+        group=LOADING,
+        completer=complete_preset,
+        help='Options that "llamactor presets" shows, for what is not given here.',
+    ),
+]
 
 
 def number_or(word: str) -> Callable[[object, Sequence[Token]], int | str]:

@@ -12,6 +12,9 @@ from cyclopts import App, CycloptsError
 from llamactor.cli.bench import bench
 from llamactor.cli.chat import chat
 from llamactor.cli.complete import complete
+from llamactor.cli.info import info
+from llamactor.cli.models import import_, ls, pull, rm, verify
+from llamactor.cli.presets import presets
 from llamactor.cli.ps import ps
 from llamactor.cli.terminal import (
     Interrupts,
@@ -21,17 +24,23 @@ from llamactor.cli.terminal import (
     explained,
     replace_what_cannot_be_written,
 )
-from llamactor.errors import LlamactorError, ModelNotFoundError
+from llamactor.errors import LlamactorError, ModelNotFoundError, PresetNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llamactor.cli.terminal import Work
 
+COMMANDS = {
+    **{"chat": chat, "complete": complete},
+    **{"ls": ls, "info": info, "pull": pull, "import": import_, "rm": rm, "verify": verify},
+    **{"ps": ps, "bench": bench},
+}
 STATUSES = """\
-Exit status: 0 done, 1 failed (stderr says why, in one line), 2 wrong arguments, 3 no such model, \
-130 Ctrl-C, 143 SIGTERM. NO_COLOR turns colours off.\
+Exit status: 0 done, 1 failed (stderr says why, in one line), 2 wrong arguments, \
+3 no such model or preset, 130 Ctrl-C, 143 SIGTERM. NO_COLOR turns colours off.\
 """
+NOT_FOUND = (ModelNotFoundError, PresetNotFoundError)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -55,7 +64,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return Status.WRONG_ARGUMENTS
     except (LlamactorError, OSError, ValueError) as error:
         complain(error)
-        return Status.NOT_FOUND if isinstance(error, ModelNotFoundError) else Status.FAILED
+        return Status.NOT_FOUND if isinstance(error, NOT_FOUND) else Status.FAILED
 
 
 class WrongArgumentsError(Exception):
@@ -89,8 +98,9 @@ def _app() -> App:
         help_epilogue=STATUSES,
         version=importlib.metadata.version("llamactor"),
     )
-    for command in (chat, complete, bench, ps):
-        app.command(command, help_epilogue="")
+    for name, command in COMMANDS.items():
+        app.command(command, name=name, help_epilogue="")
+    app.command(presets)
     app.register_install_completion_command(help_epilogue="")
     return app
 

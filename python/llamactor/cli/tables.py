@@ -74,6 +74,14 @@ def size(count: float | None) -> str | None:
     return None if count is None else decimal(int(count))
 
 
+def counted(number: int) -> str:
+    """Return a count of weights in the unit that fits, such as "135M"."""
+    for unit, length in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= length:
+            return f"{number / length:.3g}{unit}"
+    return str(number)
+
+
 def _cell(value: object) -> Text:
     from rich.text import Text
 
