@@ -31,19 +31,23 @@ from llamactor.context import Context, ContextStats
 from llamactor.errors import (
     BusyError,
     ChatTemplateError,
+    ChecksumError,
     ClosedError,
     ContextOverflowError,
     DeadlineExceededError,
     DecodeError,
+    DownloadError,
     InsufficientMemoryError,
     LlamactorError,
     LoadCancelledError,
     ModelLoadError,
     ModelNotFoundError,
     ModelNotLoadedError,
+    PresetNotFoundError,
     QueueFullError,
     SchemaValidationError,
     StateMismatchError,
+    StoreError,
     UnsupportedError,
     WorkerCrashedError,
 )
@@ -76,6 +80,7 @@ from llamactor.prediction import (
     TextDelta,
     TokenLogprob,
 )
+from llamactor.presets import Preset, Presets
 from llamactor.schema import (
     FunctionSchema,
     Schema,
@@ -85,6 +90,15 @@ from llamactor.schema import (
     schema_of_function,
 )
 from llamactor.sequence import ContextSequence, Sequence, SequenceUsage
+from llamactor.store import (
+    DownloadProgress,
+    ModelFile,
+    ModelHeader,
+    ModelStore,
+    StoredModel,
+    TensorInfo,
+    Verification,
+)
 from llamactor.system import Device, LogLevel, devices, set_log_level, system_info
 
 __all__ = (
@@ -93,6 +107,7 @@ __all__ = (
     "ChatSession",
     "ChatTemplateError",
     "ChatUsage",
+    "ChecksumError",
     "ClosedError",
     "CompletionEngine",
     "Context",
@@ -105,6 +120,8 @@ __all__ = (
     "DeadlineExceededError",
     "DecodeError",
     "Device",
+    "DownloadError",
+    "DownloadProgress",
     "Dry",
     "DynamicTemperature",
     "Event",
@@ -121,13 +138,19 @@ __all__ = (
     "Message",
     "Mirostat",
     "Model",
+    "ModelFile",
+    "ModelHeader",
     "ModelInfo",
     "ModelLoadError",
     "ModelNotFoundError",
     "ModelNotLoadedError",
+    "ModelStore",
     "Prediction",
     "PredictionResult",
     "PredictionStats",
+    "Preset",
+    "PresetNotFoundError",
+    "Presets",
     "PromptProgress",
     "QueueFullError",
     "RepeatPenalty",
@@ -143,7 +166,10 @@ __all__ = (
     "SpecialTokens",
     "StateMismatchError",
     "StopReason",
+    "StoreError",
+    "StoredModel",
     "SystemMessage",
+    "TensorInfo",
     "TextDelta",
     "TokenBatching",
     "TokenLogprob",
@@ -151,6 +177,7 @@ __all__ = (
     "ToolMessage",
     "UnsupportedError",
     "UserMessage",
+    "Verification",
     "WorkerCrashedError",
     "Xtc",
     "describe_schema",

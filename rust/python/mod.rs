@@ -1,10 +1,12 @@
 //! ⑥ What Python sees: thin classes over the rooms before, one file each. Nothing is decided here.
 
+mod bare;
 mod call;
 mod callbacks;
 mod chat;
 mod context;
 mod error;
+mod gguf;
 mod hub;
 mod model;
 mod options;
@@ -13,9 +15,11 @@ mod prediction;
 mod process;
 mod sequence;
 
+pub use bare::BareLoop;
 pub use call::Call;
 pub use chat::{parse_chat_answer, try_chat_template};
 pub use context::Context;
+pub use gguf::{check_model_file, parse_gguf_header, read_gguf_header};
 pub use hub::Hub;
 pub use model::{Model, devices, load_model, set_log_level, system_info};
 pub use pattern::Pattern;
