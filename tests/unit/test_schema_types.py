@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NotRequired, TypedDict, TypeVar
 
 import jsonschema
@@ -146,6 +147,10 @@ WRITTEN: list[tuple[Any, dict[str, Any]]] = [
     (list[int], {"type": "array", "items": {"type": "integer"}}),
     (set[int], {"type": "array", "items": {"type": "integer"}}),
     (tuple[int, ...], {"type": "array", "items": {"type": "integer"}}),
+    (
+        Annotated[set[int], Meta(min_length=2)],
+        {"type": "array", "items": {"type": "integer"}, "minItems": 2, "uniqueItems": True},
+    ),
     (
         tuple[int, str],
         {
@@ -286,6 +291,12 @@ def test_what_is_written_is_a_json_schema(hint: Any) -> None:
 def test_a_type_without_json_is_named_with_its_place(hint: Any, named: str) -> None:
     with pytest.raises(TypeError, match=named):
         schema_of(hint)
+
+
+def test_a_model_without_json_says_what_pydantic_says() -> None:
+    model = pydantic.create_model("Caller", call=(Callable[[int], int], ...))
+    with pytest.raises(TypeError, match=r"Caller has no JSON Schema: .*CallableSchema$"):
+        schema_of(model)
 
 
 @pytest.mark.parametrize("spec", [None, 5, "int", '{"type": "object"}', [int], b"", True, 1.5])
