@@ -37,6 +37,7 @@ from llamactor.errors import (
     DeadlineExceededError,
     DecodeError,
     DownloadError,
+    GrammarError,
     InsufficientMemoryError,
     LlamactorError,
     LoadCancelledError,
@@ -51,6 +52,7 @@ from llamactor.errors import (
     UnsupportedError,
     WorkerCrashedError,
 )
+from llamactor.grammar import Grammar
 from llamactor.loading import Loading, LoadProgress, load_model
 from llamactor.model import Model, ModelInfo, SpecialTokens
 from llamactor.options import (
@@ -128,6 +130,8 @@ __all__ = (
     "Finished",
     "FunctionSchema",
     "GenerationOptions",
+    "Grammar",
+    "GrammarError",
     "InsufficientMemoryError",
     "LlamactorError",
     "LoadCancelledError",

@@ -15,6 +15,7 @@ The tree, with the built-in class each one also derives from in parentheses::
     ├── ContextOverflowError (ValueError)
     ├── ChatTemplateError (ValueError)  the chat template failed, or refuses the messages
     ├── SchemaValidationError (ValueError)   a text or value does not fit its schema
+    ├── GrammarError (ValueError)       a grammar or schema is malformed, or cannot be kept to
     ├── DecodeError                     the evaluation itself failed
     ├── StateMismatchError (ValueError) a saved state of another model or layout
     ├── ClosedError                     the object, or what it lives in, was closed
@@ -43,6 +44,7 @@ __all__ = (
     "DeadlineExceededError",
     "DecodeError",
     "DownloadError",
+    "GrammarError",
     "InsufficientMemoryError",
     "LlamactorError",
     "LoadCancelledError",
@@ -134,6 +136,10 @@ def show_path(path: tuple[str | int, ...]) -> str:
     """Return a place in a document as ``$.items[3].name``."""
     parts = (f".{key}" if isinstance(key, str) else f"[{key}]" for key in path)
     return "$" + "".join(parts)
+
+
+class GrammarError(LlamactorError, ValueError):
+    """A grammar or a schema is malformed or too large, or no answer can keep to it."""
 
 
 class DecodeError(LlamactorError):

@@ -157,8 +157,13 @@ class PredictionResult(msgspec.Struct, frozen=True):
     parsed: Any = None
     """The value that the content says, of the type that `schema` asked for.
 
-    None without a schema, of a cancelled prediction, and where the answer was cut off: at a stop
-    text, at `max_tokens` or at the end of the context.
+    None without a schema, of a cancelled prediction, and where the answer was cut off before it was
+    whole, as by a stop text.
+    """
+    completed: bool = True
+    """False where a grammar, schema or regular expression had not come to its end by itself.
+
+    A limit has closed the content then, or cut it; or a stop or a cancel has.
     """
 
     def __str__(self) -> str:
@@ -774,6 +779,7 @@ def _result(outcome: dict[str, Any], error: BaseException | None, parsed: Any) -
         segments=tuple(Segment("reasoning", *segment) for segment in outcome["segments"]),
         content_start=outcome["content_start"],
         parsed=parsed,
+        completed=outcome["completed"],
     )
 
 

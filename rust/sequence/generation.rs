@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::sampler::{Sampler, TokenLogprob};
+use super::grammar::Constraint;
+use super::sampler::{Sampled, Sampler, TokenLogprob};
 use super::text::segments::{Parts, Segments};
 use super::text::{StopMatch, TextStream};
 use super::{Outcome, Sink};
 use crate::context::job::{End, Generator, Step};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::llama::{Model, Token};
 
 /// Why a generation ended.
@@ -90,6 +91,21 @@ impl Text {
         }
     }
 
+    /// Whether reasoning is going on.
+    fn is_inside(&self) -> bool {
+        match self {
+            Self::Plain(_) => false,
+            Self::Segmented(segments) => segments.is_inside(),
+        }
+    }
+
+    /// From here on all is content.
+    fn settle(&mut self) {
+        if let Self::Segmented(segments) = self {
+            segments.settle();
+        }
+    }
+
     fn finish(&mut self, out: &mut Parts) -> Option<StopMatch> {
         match self {
             Self::Plain(stream) => stream.finish(&mut out.text),
@@ -102,6 +118,7 @@ impl Text {
 pub struct Generation {
     pub sampler: Sampler,
     pub text: Text,
+    pub constraint: Option<Box<Constraint>>,
     pub sink: Arc<dyn Sink>,
     pub model: Arc<Model>,
     pub ignore_eos: bool,
@@ -119,18 +136,32 @@ pub struct Generation {
 impl Generation {
     /// Whether drawing costs less than waking another thread.
     pub fn is_cheap(&self) -> bool {
-        self.sampler.is_cheap()
+        self.constraint.is_none() && self.sampler.is_cheap()
     }
 
     /// Whether nothing is to be drawn at all.
     pub fn is_complete(&self) -> bool {
+        self.ended.is_some() || self.is_used_up()
+    }
+
+    fn is_used_up(&self) -> bool {
         self.max_tokens.is_some_and(|limit| self.n_drawn >= limit)
     }
 
     /// Shows the response prefix, which is text like the rest; there may be none.
-    pub fn begin_with(&mut self, prefix: &str) {
+    ///
+    /// # Errors
+    /// `Grammar` if nothing that the constraint allows begins like this.
+    pub fn begin_with(&mut self, prefix: &str) -> Result<()> {
+        if let Some(constraint) = &mut self.constraint {
+            constraint.begin_with(prefix)?;
+            if constraint.is_over() {
+                self.ended = Some((StopReason::Eos, None));
+            }
+        }
         self.text.begin(prefix, &mut self.shown);
         self.show(None);
+        Ok(())
     }
 
     fn stop(&mut self, reason: StopReason, stop_string: Option<String>) -> Step {
@@ -138,7 +169,8 @@ impl Generation {
         Step::Stop
     }
 
-    fn fail(&mut self, error: Error) -> Step {
+    /// Ends it with an error.
+    pub fn fail(&mut self, error: Error) -> Step {
         self.error = Some(error);
         Step::Stop
     }
@@ -164,16 +196,51 @@ impl Generation {
             return self.fail(error);
         }
         self.n_drawn += 1;
-        let stopped = self.text.push(token, &self.piece, self.now(), &mut self.shown);
+        let stopped = match self.push(token) {
+            Ok(stopped) => stopped,
+            Err(error) => return self.fail(error),
+        };
+        let is_over = self.constraint.as_ref().is_some_and(|constraint| constraint.is_over());
         let paused = self.show(Some(drawn));
         if let Some(stop) = stopped {
             let text = self.stop_text(stop);
             return self.stop(StopReason::StopString, Some(text));
         }
-        match (self.is_complete(), paused) {
+        if is_over {
+            return self.stop(StopReason::Eos, None);
+        }
+        match (self.is_used_up(), paused) {
             (true, _) => self.stop(StopReason::MaxTokens, None),
             (false, true) => Step::Pause(token),
             (false, false) => Step::Next(token),
+        }
+    }
+
+    /// Has the token, whose text is in `piece`, go into the text, and followed by the constraint.
+    fn push(&mut self, token: Token) -> Result<Option<StopMatch>> {
+        let now = self.now();
+        let forced = self.text.forced().is_some();
+        if let Some(constraint) = &self.constraint
+            && !forced
+            && constraint.settles(token)
+        {
+            self.text.settle();
+        }
+        let stopped = self.text.push(token, &self.piece, now, &mut self.shown);
+        let inside = self.text.is_inside();
+        match &mut self.constraint {
+            Some(constraint) if !forced => constraint.accept(token, inside)?,
+            Some(constraint) if !inside => constraint.leave_reasoning(),
+            _ => {}
+        }
+        Ok(stopped)
+    }
+
+    fn draw(&mut self, logits: &[f32]) -> Result<Option<Sampled>> {
+        match (self.text.forced(), &mut self.constraint) {
+            (Some(token), _) => self.sampler.force(logits, token).map(Some),
+            (None, Some(constraint)) => self.sampler.sample_within(logits, constraint),
+            (None, None) => self.sampler.sample(logits).map(Some),
         }
     }
 
@@ -211,21 +278,19 @@ impl Generation {
             (reason, stop_string) = (StopReason::StopString, Some(self.stop_text(stop)));
         }
         self.show(None);
-        self.sink.finish(Outcome { stop_reason: reason, stop_string, error });
+        let completed = self.constraint.is_none() || (reason == StopReason::Eos && error.is_none());
+        self.sink.finish(Outcome { stop_reason: reason, stop_string, error, completed });
     }
 }
 
 impl Generator for Generation {
     fn advance(&mut self, logits: &[f32]) -> Step {
-        let sampled = match self.text.forced() {
-            Some(token) => self.sampler.force(logits, token),
-            None => self.sampler.sample(logits),
-        };
-        match sampled {
-            Ok(sampled) => {
+        match self.draw(logits) {
+            Ok(Some(sampled)) => {
                 let logprob = sampled.logprob.map(|logprob| self.named(sampled.token, logprob));
                 self.take_token(Drawn { token: sampled.token, logprob })
             }
+            Ok(None) => self.stop(StopReason::Eos, None),
             Err(error) => self.fail(error),
         }
     }

@@ -15,6 +15,7 @@ use std::mem;
 
 use self::chain::{Edit, Link, Scan};
 use self::penalties::{DryWindow, Penalties};
+use super::grammar::Constraint;
 use super::logits;
 use crate::error::{Error, Result};
 use crate::llama::{Candidates, Token};
@@ -138,12 +139,56 @@ impl Sampler {
 
     /// Draws a token from a row and counts it as generated.
     pub fn sample(&mut self, logits: &[f32]) -> Result<Sampled> {
+        let token = self.pick(logits)?;
+        self.force(logits, token)
+    }
+
+    /// Draws a token that the constraint allows, and counts it as generated. `None` where nothing can follow and the
+    /// text may end.
+    ///
+    /// The plain draw comes first: most often it is allowed, and a look at one token is all that it takes.
+    pub fn sample_within(&mut self, logits: &[f32], constraint: &mut Constraint) -> Result<Option<Sampled>> {
+        let token = self.pick(logits)?;
+        if constraint.allows(token)? {
+            return self.force(logits, token).map(Some);
+        }
+        let mut row = mem::take(&mut self.row);
+        if !self.edits_row() {
+            row.clear();
+            row.extend_from_slice(logits);
+        }
+        let drawn = self.draw_within(&mut row, constraint);
+        self.row = row;
+        drawn?.map(|token| self.force(logits, token)).transpose()
+    }
+
+    /// Draws from a row of which everything is taken away that the constraint refuses.
+    fn draw_within(&mut self, row: &mut [f32], constraint: &mut Constraint) -> Result<Option<Token>> {
+        let allowed = constraint.mask()?;
+        for (token, logit) in row.iter_mut().enumerate() {
+            if !allowed.get(token) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        while logits::max(row) > f32::NEG_INFINITY {
+            let token = self.draw(row)?;
+            if constraint.allows(token)? {
+                return Ok(Some(token));
+            }
+            change(row, token, |_| f32::NEG_INFINITY);
+        }
+        match constraint.may_end()? {
+            true => Ok(None),
+            false => Err(nothing_allowed()),
+        }
+    }
+
+    fn pick(&mut self, logits: &[f32]) -> Result<Token> {
         if logits.len() != self.n_vocab {
             let message = format!("a row of {} logits for a vocabulary of {}", logits.len(), self.n_vocab);
             return Err(Error::Decode(message));
         }
-        let token = if self.edits_row() { self.draw_edited(logits)? } else { self.draw(logits)? };
-        self.force(logits, token)
+        if self.edits_row() { self.draw_edited(logits) } else { self.draw(logits) }
     }
 
     /// Takes this token as if it had been drawn from the row.
@@ -272,6 +317,12 @@ fn change(row: &mut [f32], token: Token, new: impl FnOnce(f32) -> f32) {
 
 fn nothing_possible() -> Error {
     Error::Decode("no token can be drawn: every logit is NaN or -inf, from the model or from the options".into())
+}
+
+fn nothing_allowed() -> Error {
+    Error::Grammar(
+        "no token of the model's vocabulary can follow in the grammar, or the options forbid all that could".into(),
+    )
 }
 
 #[cfg(test)]
