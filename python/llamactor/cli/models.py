@@ -1,4 +1,4 @@
-"""``llamactor ls``, ``pull``, ``import``, ``rm`` and ``verify``: the models of the store."""
+"""``llamactor ls``, ``pull``, ``import``, ``rm``, ``prune``, ``verify``: the models of the store."""
 
 from __future__ import annotations
 
@@ -163,6 +163,19 @@ def rm(*names: StoredName) -> Work:
         store = ModelStore()
         for name in names:
             await store.remove(name)
+        return Status.DONE
+
+    return work
+
+
+def prune() -> Work:
+    """Remove what interrupted downloads and imports have left.
+
+    A pull of the same model would have gone on from there.
+    """
+
+    async def work(_: Interrupts) -> int:
+        write(f"{size(await ModelStore().prune())} are free now\n")
         return Status.DONE
 
     return work

@@ -13,7 +13,7 @@ from llamactor.cli.bench import bench
 from llamactor.cli.chat import chat
 from llamactor.cli.complete import complete
 from llamactor.cli.info import info
-from llamactor.cli.models import import_, ls, pull, rm, verify
+from llamactor.cli.models import import_, ls, prune, pull, rm, verify
 from llamactor.cli.presets import presets
 from llamactor.cli.ps import ps
 from llamactor.cli.terminal import (
@@ -33,7 +33,15 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     **{"chat": chat, "complete": complete},
-    **{"ls": ls, "info": info, "pull": pull, "import": import_, "rm": rm, "verify": verify},
+    **{
+        "ls": ls,
+        "info": info,
+        "pull": pull,
+        "import": import_,
+        "rm": rm,
+        "prune": prune,
+        "verify": verify,
+    },
     **{"ps": ps, "bench": bench},
 }
 STATUSES = """\
