@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Group, Parameter
 
-from llamactor.cli.flags import Json, LoadFlags, Reference
+from llamactor.cli.flags import Json, Reference
 from llamactor.cli.tables import counted, show_json, show_table, show_values, size
 from llamactor.cli.terminal import Status, Work, write
 from llamactor.store import ModelStore
@@ -34,10 +34,9 @@ def info(
     /,
     *,
     only: Annotated[Part | None, Parameter(group=Group("Output", sort_key=4))] = None,
-    loading: LoadFlags = LoadFlags(),  # noqa: B008 -- frozen
     json: Json = False,
 ) -> Work:
-    """Show what a model is and what it would take, without loading it.
+    """Show what a model is, without loading it.
 
     All of it is said by the header of the file, of which no more is read; of a model on the hub, no
     more is downloaded.

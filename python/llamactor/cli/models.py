@@ -1,4 +1,4 @@
-"""``llamactor ls``, ``pull``, ``import``, ``rm``, ``prune``, ``verify``: the models of the store."""
+"""``llamactor ls``, ``pull``, ``import``, ``rm``, ``prune``, ``verify``: the store."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from llamactor.store import Capability, ModelStore
 if TYPE_CHECKING:
     from llamactor.cli.terminal import Interrupts, Progress
     from llamactor.store import DownloadProgress, StoredModel, Verification
+    from llamactor.store.records import ReportProgress
 
 Name = Annotated[
     str | None, Parameter(metavar="NAME", help="What to call it (a name made of the file's).")
@@ -67,14 +68,11 @@ def _show_models(models: list[StoredModel]) -> None:
             model.quantization,
             model.train_context_size,
             ", ".join(model.capabilities),
-            _ago(model.last_used),
-            "quarantined" if model.quarantined else None,
+            "quarantined" if model.quarantined else _ago(model.last_used),
         )
         for model in models
     ]
-    columns = ("NAME", "SIZE", "WEIGHTS", "QUANT", "CONTEXT", "CAN", "USED", "")
-    if not any(row[-1] for row in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    columns = ("NAME", "SIZE", "WEIGHTS", "QUANT", "CONTEXT", "CAN", "USED")
     show_table(columns, rows, right=("SIZE", "WEIGHTS", "CONTEXT"))
 
 
@@ -137,7 +135,7 @@ def import_(path: Path, /, *, name: Name = None, copy: bool = False, json: Json 
     return work
 
 
-def _reporting(bar: Progress) -> object:
+def _reporting(bar: Progress) -> ReportProgress:
     def report(done: DownloadProgress) -> None:
         bar.at(done.done_bytes, total=done.total_bytes, what=done.file)
 
