@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from pathlib import Path  # noqa: TC003 -- cyclopts reads it
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from llamactor.cli.flags import Json, StoredName  # noqa: TC001 -- cyclopts reads them
+from llamactor.cli.flags import Json, StoredName
 from llamactor.cli.tables import counted, show_json, show_table, size
 from llamactor.cli.terminal import Status, Work, complain, progress, write
 from llamactor.store import Capability, ModelStore
