@@ -78,7 +78,7 @@ def add(folder: Path, model: StoredModel, name: str | None) -> StoredModel:
 
     def work(connection: sqlite3.Connection) -> StoredModel:
         models = _select_all(connection)
-        known = next((other for other in models if other.path == model.path), None)
+        known = _same(models, model)
         if known is None:
             added = msgspec.structs.replace(model, name=_free_name(models, name, model.name))
             _insert(connection, added)
@@ -86,8 +86,10 @@ def add(folder: Path, model: StoredModel, name: str | None) -> StoredModel:
         if name is not None and name.casefold() != known.name.casefold():
             raise ValueError(
                 f"{model.path} is in the store as {known.name!r}; "
-                f"rename it with: store.update({known.name!r}, name={name!r})"
+                f"rename it with: store.update({known.name!r}, rename={name!r})"
             )
+        if known.owned and not model.owned and known.path != model.path:
+            return known  # another program has the same
         renewed = _renewed(known, model)
         _write(connection, known.name, renewed)
         return renewed
@@ -121,6 +123,14 @@ def change(folder: Path, name: str, edit: Callable[[StoredModel], StoredModel | 
     if not (folder / FILE_NAME).exists():
         return False
     return _transact(folder, "IMMEDIATE", work)
+
+
+def _same(models: list[StoredModel], model: StoredModel) -> StoredModel | None:
+    """Return the record of a path, else of the one thing that a source names."""
+    found = next((other for other in models if other.path == model.path), None)
+    if found is not None or not model.source.startswith(("hf:", "pkg:", "ollama:")):
+        return found
+    return next((other for other in models if other.source == model.source), None)
 
 
 def _renewed(known: StoredModel, found: StoredModel) -> StoredModel:

@@ -84,7 +84,7 @@ def fits(source: str, quantization: str | None, ref: HubRef) -> bool:
     if not source.startswith("hf:"):
         return False
     found = parse_hub(source)
-    if found.repo.casefold() != ref.repo.casefold():
+    if (found.repo.casefold(), found.revision) != (ref.repo.casefold(), ref.revision):
         return False
     if ref.file is not None:
         return found.file == ref.file

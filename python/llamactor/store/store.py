@@ -287,7 +287,7 @@ class ModelStore:
             known = self._known_content(model)
             if known is not None:
                 return self._record(known.files, known.source, owned=known.owned, name=name)
-            folder = self._folder / model.ref.repo
+            folder = self._folder / model.folder
             self._check_free(name, folder / model.files[0].name)
             reporter = files.Reporter(loop, progress, model.size_bytes)
             return self._record(
@@ -475,8 +475,6 @@ class ModelStore:
 
     def _known_of_hub(self, ref: HubRef) -> StoredModel | None:
         """Return the record that fits a reference best, if its file is here and sound."""
-        if ref.revision is not None:
-            return None  # records do not say which
         known = of_hub(database.all_models(self._folder), ref) or self._discover_one(
             lambda found: fits(found.source, quantization_in(found.path.name), ref)
         )
