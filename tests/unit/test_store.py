@@ -218,7 +218,7 @@ async def test_a_copy_lies_in_the_store_and_goes_with_its_record(
     assert model.path.is_relative_to(store.path)
     assert model.path.read_bytes() == model_path.read_bytes()
     assert (await store.verify("Tiny-F32"))[0].ok
-    assert (await store.import_(model_path, copy=True)).path == model.path
+    assert (await store.import_(model_path, copy=True, name="tiny-f32")).path == model.path
     await store.remove("tiny-f32")
     assert not model.path.exists()
     assert model_path.exists()

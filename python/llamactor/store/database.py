@@ -32,6 +32,11 @@ VERSION = 1
 PATIENCE = 60.0
 """Seconds after which a lock that another process holds is an error."""
 
+
+class VanishedError(Exception):
+    """Files were removed between being put in place and being recorded."""
+
+
 _SCHEMA = """
 CREATE TABLE models (
     name TEXT NOT NULL PRIMARY KEY COLLATE NOCASE,
@@ -74,9 +79,13 @@ def add(folder: Path, model: StoredModel, name: str | None) -> StoredModel:
 
     Raises:
         ValueError: `name` belongs to another model, or the path is recorded under another name.
+        VanishedError: Its files were in the store, and another process has removed them.
     """
 
     def work(connection: sqlite3.Connection) -> StoredModel:
+        # Whoever removes a model deletes its files in a transaction as well.
+        if model.owned and not all(file.path.exists() for file in model.files):
+            raise VanishedError(model.path)
         models = _select_all(connection)
         known = _same(models, model)
         if known is None:
