@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llamactor.prediction import PredictionResult
+    from llamactor.runtime.memory import MemoryPlan
 
 __all__ = (
     "BusyError",
@@ -74,6 +75,9 @@ class ModelNotLoadedError(LlamactorError):
 
 class InsufficientMemoryError(LlamactorError, MemoryError):
     """Memory for weights, cells or compute buffers could not be had."""
+
+    plan: MemoryPlan | None = None
+    """What a `Runtime` found that it would take, and what would fit instead."""
 
 
 class ContextOverflowError(LlamactorError, ValueError):

@@ -53,6 +53,8 @@ pub struct ContextInfo {
     pub n_cells: usize,
     /// Kind of memory.
     pub memory: MemoryKind,
+    /// What its buffers and the model's took when it was opened.
+    pub usages: Vec<llama::Usage>,
 }
 
 /// What everybody who uses a context shares.
@@ -132,7 +134,7 @@ impl Gate {
 /// # Errors
 /// What making the context failed with.
 pub fn start(model: &Arc<Model>, params: ContextParams, parking: Budget) -> Result<Arc<Shared>> {
-    let params = ContextParams { n_outputs_max: params.n_seq_max.max(MIN_OUTPUTS), ..params };
+    let params = with_outputs(params);
     let (inbox, messages) = channel();
     let (report, reported) = channel();
     let model = Arc::clone(model);
@@ -142,6 +144,18 @@ pub fn start(model: &Arc<Model>, params: ContextParams, parking: Budget) -> Resu
         .spawn(move || open_and_run(model, params, parking, inbox, messages, report))
         .map_err(|source| Error::Io { context: "cannot start the decoder thread".into(), source })?;
     reported.recv().map_err(|_| Error::WorkerCrashed("the decoder died while making its context".into()))?
+}
+
+fn with_outputs(params: ContextParams) -> ContextParams {
+    ContextParams { n_outputs_max: params.n_seq_max.max(MIN_OUTPUTS), ..params }
+}
+
+/// What a context would take with its model, of which only an outline is there.
+///
+/// # Errors
+/// As [`llama::Model::footprint`].
+pub fn footprint(model: &Model, params: ContextParams) -> Result<Vec<llama::Usage>> {
+    model.llama().footprint(&with_outputs(params))
 }
 
 /// The decoder thread's life: make the context, tell, run, free.
@@ -210,6 +224,7 @@ fn share(
         n_threads_batch: params.n_threads_batch as usize,
         n_cells: if pooled { per_sequence } else { per_sequence * n_sequences },
         memory,
+        usages: context.usages().unwrap_or_default(),
     };
     Shared {
         layout: layout(params, memory),

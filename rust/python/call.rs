@@ -12,6 +12,7 @@ use super::model::Model;
 use super::process::Native;
 use super::sequence::Sequence;
 use crate::error::{Error, Result};
+use crate::llama::Usage;
 use crate::prediction::Target;
 use crate::sequence::{Done, Lease, Sequences};
 
@@ -21,6 +22,7 @@ pub enum Value {
     Count(usize),
     Floats(Vec<f32>),
     Bytes(Vec<u8>),
+    Usages(Vec<Usage>),
     Model(Arc<crate::model::Model>),
     Context(Arc<Sequences>),
     Sequence(Lease),
@@ -150,11 +152,17 @@ fn into_python(py: Python<'_>, value: Value) -> PyResult<Py<PyAny>> {
         Value::None => py.None(),
         Value::Count(n) => n.into_pyobject(py)?.into_any().unbind(),
         Value::Bytes(bytes) => PyBytes::new(py, &bytes).into_any().unbind(),
+        Value::Usages(usages) => usages.iter().map(usage).collect::<Vec<_>>().into_pyobject(py)?.into_any().unbind(),
         Value::Floats(floats) => floats.into_pyobject(py)?.into_any().unbind(),
         Value::Model(model) => Py::new(py, Model::new(model))?.into_any(),
         Value::Context(context) => Py::new(py, Context::new(context))?.into_any(),
         Value::Sequence(lease) => Py::new(py, Sequence::new(lease))?.into_any(),
     })
+}
+
+/// `Usage` of `_core.pyi`.
+pub fn usage(usage: &Usage) -> (&str, &str, bool, u64, u64, u64) {
+    (&usage.device, &usage.buffer, usage.host, usage.weights, usage.cache, usage.compute)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -11,6 +11,7 @@ import msgspec
 from llamactor import _checks as check
 from llamactor._hub import check_loop, finalisers_rest, running_loop
 from llamactor._opening import Opening
+from llamactor._work import Work, work_of
 from llamactor.chat.completion import CompletionEngine, OnGeneration
 from llamactor.chat.history import History, leading_system
 from llamactor.chat.messages import Message, MessageLike, SystemMessage, UserMessage, to_messages
@@ -121,6 +122,11 @@ class ChatSession:
         self._closed = False
         self._check_open()
         self._state = ChatState(_beginning(system_prompt, history), home.context.new_chat())
+
+    @property
+    def _work(self) -> Work | None:
+        """What counts its predictions as work of the model."""
+        return work_of(self._home.owner)
 
     # --- what it is -------------------------------------------------------------------------------
 

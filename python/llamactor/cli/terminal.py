@@ -125,7 +125,7 @@ def discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-async def loaded(loading: Loading) -> Model:
+async def loaded(loading: Loading[Model]) -> Model:
     """Return the model, with its progress on stderr if that is a terminal.
 
     Cancelling this cancels the load; nothing stays loaded.
