@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 M = TypeVar("M", bound="Closable")
+M_co = TypeVar("M_co", bound="Closable", covariant=True)
 
 Stage: TypeAlias = Literal["resolving", "downloading", "waiting", "weights", "context", "ready"]
 
@@ -57,7 +58,7 @@ class LoadProgress(msgspec.Struct, frozen=True):
     """While it waits for memory: its place among those that wait, counted from 1."""
 
 
-class LoadJob(Protocol[M]):
+class LoadJob(Protocol[M_co]):
     """What a `Loading` refers to: a load while it runs, and its outcome."""
 
     loop: asyncio.AbstractEventLoop
@@ -78,7 +79,7 @@ class LoadJob(Protocol[M]):
     async def change(self) -> None:
         """Wait until something changes; cancelling this stops the wait only."""
 
-    def deliver(self) -> M:
+    def deliver(self) -> M_co:
         """Return the model or raise why there is none."""
 
     def raise_failure(self) -> None:

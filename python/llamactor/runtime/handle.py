@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from llamactor.chat.session import ChatSession
 from llamactor.errors import ModelNotLoadedError
@@ -30,6 +30,9 @@ class ModelHandle:
     there is none. A prediction stays with the model it began on. Options that the model was loaded
     with (a preset's, or its own) lie below those of a call.
     """
+
+    moves: Literal[True] = True
+    """A chat made with it follows it to another model."""
 
     def __init__(self, core: RuntimeCore, query: Query) -> None:
         """Refer to what satisfies `query`; made by `Runtime.get`, `load` and `model`."""

@@ -210,12 +210,12 @@ class Runtime:
             ClosedError: the runtime was closed.
         """
         self._core.bind_loop()
+        if drain != "refuse":
+            check.check_bool("drain", drain)
         resident = self._core.residents.named(check.check_text("identifier", identifier))
         if drain == "refuse":
             await asyncio.sleep(0)  # what was delivered just now is held until its caller suspends
             self._core.refuse_if_busy(resident)
-        else:
-            check.check_bool("drain", drain)
         await self._core.unloaded(resident, drain=drain is not False)
 
     async def swap(
@@ -250,8 +250,8 @@ class Runtime:
             ClosedError: the runtime was closed.
         """
         self._core.bind_loop()
-        before = self._core.residents.named(check.check_text("identifier", identifier))
         check.check_bool("drain", drain)
+        before = self._core.residents.named(check.check_text("identifier", identifier))
         request = _request(
             ref,
             identifier,

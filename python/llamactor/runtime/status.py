@@ -49,13 +49,16 @@ class StatusIterator(AsyncIterator[RuntimeStatus]):
         """Look at a runtime; made by `Runtime.status`."""
         self._core = core
         self._snapshot = snapshot
-        self._last: RuntimeStatus | None = None
+        self._seen: int | None = None
+        self._ended = False
 
     async def __anext__(self) -> RuntimeStatus:
-        """Return the next snapshot that differs from the last; cancelling this loses nothing."""
-        if self._last is not None and self._last.closed:
+        """Return a snapshot once something has changed; cancelling this loses nothing."""
+        if self._ended:
             raise StopAsyncIteration
-        while (snapshot := self._snapshot()) == self._last:
+        while self._seen == self._core.version:
             await self._core.change()
-        self._last = snapshot
+        self._seen = self._core.version
+        snapshot = self._snapshot()
+        self._ended = snapshot.closed
         return snapshot
