@@ -31,18 +31,22 @@ from llamactor.context import Context, ContextStats
 from llamactor.errors import (
     BusyError,
     ChatTemplateError,
+    ChecksumError,
     ClosedError,
     ContextOverflowError,
     DeadlineExceededError,
     DecodeError,
+    DownloadError,
     InsufficientMemoryError,
     LlamactorError,
     LoadCancelledError,
     ModelLoadError,
     ModelNotFoundError,
     ModelNotLoadedError,
+    PresetNotFoundError,
     QueueFullError,
     StateMismatchError,
+    StoreError,
     UnsupportedError,
     WorkerCrashedError,
 )
@@ -75,6 +79,7 @@ from llamactor.prediction import (
     TextDelta,
     TokenLogprob,
 )
+from llamactor.presets import Preset, Presets
 from llamactor.runtime import (
     DeviceUsage,
     LoadedModel,
@@ -87,6 +92,15 @@ from llamactor.runtime import (
     StatusIterator,
 )
 from llamactor.sequence import ContextSequence, Sequence, SequenceUsage
+from llamactor.store import (
+    DownloadProgress,
+    ModelFile,
+    ModelHeader,
+    ModelStore,
+    StoredModel,
+    TensorInfo,
+    Verification,
+)
 from llamactor.system import Device, LogLevel, devices, set_log_level, system_info
 
 __all__ = (
@@ -95,6 +109,7 @@ __all__ = (
     "ChatSession",
     "ChatTemplateError",
     "ChatUsage",
+    "ChecksumError",
     "ClosedError",
     "CompletionEngine",
     "Context",
@@ -108,6 +123,8 @@ __all__ = (
     "DecodeError",
     "Device",
     "DeviceUsage",
+    "DownloadError",
+    "DownloadProgress",
     "Dry",
     "DynamicTemperature",
     "Event",
@@ -127,14 +144,20 @@ __all__ = (
     "Message",
     "Mirostat",
     "Model",
+    "ModelFile",
     "ModelHandle",
+    "ModelHeader",
     "ModelInfo",
     "ModelLoadError",
     "ModelNotFoundError",
     "ModelNotLoadedError",
+    "ModelStore",
     "Prediction",
     "PredictionResult",
     "PredictionStats",
+    "Preset",
+    "PresetNotFoundError",
+    "Presets",
     "PromptProgress",
     "QueueFullError",
     "RepeatPenalty",
@@ -151,7 +174,10 @@ __all__ = (
     "StateMismatchError",
     "StatusIterator",
     "StopReason",
+    "StoreError",
+    "StoredModel",
     "SystemMessage",
+    "TensorInfo",
     "TextDelta",
     "TokenBatching",
     "TokenLogprob",
@@ -159,6 +185,7 @@ __all__ = (
     "ToolMessage",
     "UnsupportedError",
     "UserMessage",
+    "Verification",
     "WorkerCrashedError",
     "Xtc",
     "devices",

@@ -9,9 +9,12 @@ __all__ = [
     "Prediction",
     "Sequence",
     "after_fork_in_child",
+    "check_model_file",
     "devices",
     "load_model",
     "parse_chat_answer",
+    "parse_gguf_header",
+    "read_gguf_header",
     "set_log_level",
     "shutdown",
     "system_info",
@@ -141,3 +144,21 @@ def after_fork_in_child() -> None: ...
 def try_chat_template(request: bytes) -> bytes: ...
 def parse_chat_answer(request: bytes) -> bytes: ...
 def set_log_level(level: str) -> None: ...
+
+# Header of a GGUF file, checked against every rule of the format. Read on the caller's thread,
+# without the GIL:
+# {"version": 2 or 3, "alignment": bytes, "data_offset": where the tensor data starts,
+#  "file_size": bytes, "parts": files of a split model, else 1,
+#  "metadata": {key: bool | int | float | str | list[int] | list[bool] | {"type": …, "length": …}},
+#  "tensors": [(name, dimensions (innermost first), type such as "q4_K", offset, bytes)]}.
+# Arrays of up to 1,024 integers or truth values are lists; of all others there are only the type
+# ("string", "float32" …) and the length. ModelNotFoundError, or ModelLoadError with the rule that
+# is broken.
+def read_gguf_header(path: str) -> dict[str, object]: ...
+
+# The same of the first bytes of a file of `file_size` bytes, which messages call `name`; None if
+# the header goes on after `start`.
+def parse_gguf_header(start: bytes, file_size: int, name: str) -> dict[str, object] | None: ...
+
+# Applies every rule that loading the file would, to the other parts of a split model as well.
+def check_model_file(path: str) -> None: ...

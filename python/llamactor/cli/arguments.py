@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import msgspec
 
 from llamactor.cli.terminal import explained
-from llamactor.loading import DEFAULT_MODEL
 from llamactor.options import (
     FLASH_ATTENTION,
     KV_TYPES,
@@ -22,6 +21,7 @@ from llamactor.options import (
     generation_options,
     load_options,
 )
+from llamactor.store.refs import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

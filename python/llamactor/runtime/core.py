@@ -12,12 +12,13 @@ models that were idle longest; where that is not enough it waits until something
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from llamactor._hub import call_on_loop, check_loop, running_loop
-from llamactor.errors import BusyError, ClosedError, InsufficientMemoryError
+from llamactor.errors import BusyError, ClosedError, InsufficientMemoryError, StoreError
 from llamactor.prediction import report_to_loop
 from llamactor.runtime.estimate import Estimate, estimate, suggest
 from llamactor.runtime.memory import (
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
 
     from llamactor.runtime.estimate import Wanted
-    from llamactor.runtime.sources import Store
+    from llamactor.store import ModelStore
 
 
 class Waiting:
@@ -50,7 +51,7 @@ class Waiting:
 class RuntimeCore:
     """The state of a `Runtime`."""
 
-    def __init__(self, limit: float | int | None, store: Store) -> None:
+    def __init__(self, limit: float | int | None, store: ModelStore) -> None:
         """Begin with nothing loaded."""
         self.limit = limit
         self.store = store
@@ -244,6 +245,7 @@ class RuntimeCore:
         )
         resident.model._work.listener = listener  # noqa: SLF001 -- for this
         self.used(resident)
+        _ = self.spawn(self._note(resident.ref, uses=1, tokens=0), f"count {resident.identifier}")
         return before
 
     def withdraw(self, waiting: Waiting) -> None:
@@ -309,7 +311,12 @@ class RuntimeCore:
             self.residents.gone(resident)
             self.changed()
         work = resident.model._work  # noqa: SLF001 -- for this
-        await self.store.note_use(resident.ref, work.predictions, work.predicted_tokens)
+        await self._note(resident.ref, uses=0, tokens=work.predicted_tokens)
+
+    async def _note(self, ref: str, *, uses: int, tokens: int) -> None:
+        """Count in the store; what cannot be counted works all the same."""
+        with contextlib.suppress(StoreError, BusyError, OSError):
+            await self.store.note_use(ref, uses=uses, tokens=tokens)
 
     async def aclose(self) -> None:
         """Stop everything and close every model."""

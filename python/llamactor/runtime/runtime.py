@@ -10,14 +10,15 @@ from llamactor import _checks as check
 from llamactor.errors import ModelNotLoadedError
 from llamactor.loading import Loading
 from llamactor.options import GenerationOptions, LoadKeywords, generation_options, load_options
+from llamactor.presets import Preset, Presets, layered
 from llamactor.runtime.core import RuntimeCore
 from llamactor.runtime.estimate import Wanted
 from llamactor.runtime.handle import ModelHandle
 from llamactor.runtime.loads import Job, LoadRequest, Prepared, Share
 from llamactor.runtime.memory import Memory, MemoryLimit, MemoryPlan, check_limit, read_memory
 from llamactor.runtime.residents import Query, Resident, free_name
-from llamactor.runtime.sources import default_presets, default_store
 from llamactor.runtime.status import LoadingModel, RuntimeStatus, StatusIterator
+from llamactor.store import ModelStore
 from llamactor.system import Device, LogLevel, devices, set_log_level
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
-    from llamactor.runtime.sources import Store
 
 MAX_TTL = 1e9
 """Some thirty years, in seconds."""
@@ -45,6 +45,7 @@ class Runtime:
         memory_limit: MemoryLimit = "80%",
         threads: int | None = None,
         log_level: LogLevel | None = None,
+        presets: Presets | None = None,
     ) -> None:
         """Make a runtime without models; nothing is read or started yet.
 
@@ -56,6 +57,7 @@ class Runtime:
                 loop a core.
             log_level: How much of llama.cpp's log goes to stderr, for the whole process; None
                 leaves that as it is.
+            presets: Where presets are looked up; None is the user's own file.
 
         Raises:
             TypeError: an argument has the wrong type.
@@ -66,8 +68,8 @@ class Runtime:
         if log_level is not None:
             set_log_level(log_level)
         folder = None if models_dir is None else check.check_path("models_dir", models_dir)
-        self._store = default_store(folder)
-        self._presets = default_presets()
+        self._store = ModelStore(folder)
+        self._presets = presets or Presets()
         self._threads = threads
         self._core = RuntimeCore(check_limit(memory_limit), self._store)
         self._jobs: list[Job] = []
@@ -296,8 +298,8 @@ class Runtime:
         return tuple(devices())
 
     @property
-    def store(self) -> Store:
-        """The store of downloaded models."""
+    def store(self) -> ModelStore:
+        """The models that can be loaded by name."""
         return self._store
 
     @property
@@ -406,23 +408,22 @@ class Runtime:
         """Find file, options and name of what a job asks for."""
         wanted, defaults = await self._find(job.request, job)
         if job.identifier is None:
-            name = await self._store.name_of(wanted.path) or _stem(wanted.path)
+            name = self._store.name_of(job.request.ref, Path(wanted.path))
             job.identifier = free_name(name, {taken for taken in self._taken() if taken})
         return Prepared(wanted, job.identifier, defaults)
 
     async def _find(
         self, request: LoadRequest, job: Job | None
     ) -> tuple[Wanted, GenerationOptions]:
-        preset: Mapping[str, Mapping[str, Any]] = {}
-        if request.preset is not None:
-            preset = await self._presets.options(request.preset)
-        progress = None if job is None else lambda seen: job.downloaded(seen.fraction)
-        path = str(await self._store.resolve(request.ref, progress))
-        own = await self._store.default_options(path)
-        first: dict[str, Any] = {} if self._threads is None else {"threads": self._threads}
-        load = {**first, **own.get("load", {}), **preset.get("load", {}), **request.options}
-        generation = {**own.get("generation", {}), **preset.get("generation", {})}
-        return Wanted(path, *load_options(load)), generation_options(generation)
+        name = request.preset
+        preset = Preset("") if name is None else await self._presets.get(name)
+        progress = None if job is None else job.downloaded
+        path = await self._store.resolve(request.ref, progress=progress)
+        own_load, own_generation = await self._store.defaults(request.ref)
+        here = {} if self._threads is None else {"threads": self._threads}
+        load = layered(request.options, preset.load, own_load, here)
+        generation = layered(preset.generation, own_generation)
+        return Wanted(str(path), *load_options(load)), generation_options(generation)
 
 
 def _request(
@@ -473,8 +474,3 @@ def _same(name: str, ref: str, path: str) -> bool:
         Path(ref).absolute(),
         Path(path).absolute(),
     }
-
-
-def _stem(path: str) -> str:
-    """Return the name of a file without what its format adds."""
-    return Path(path).name.removesuffix(".gguf").partition("-00001-of-")[0]
