@@ -18,7 +18,7 @@ use crate::context;
 use crate::error::{Error, Result, closed};
 use crate::llama::{self, LogLevel, Token};
 use crate::model;
-use crate::sequence::{Sequences, note};
+use crate::sequence::{BareLoop, Sequences, note};
 
 /// Longest text that is tokenised on the caller's stack; a longer one gets a thread with a larger one.
 const OWN_STACK_BYTES: usize = 4 * 1024;
@@ -205,6 +205,17 @@ impl Model {
         let reporter = Arc::clone(&state);
         spawn("llamactor-measure", move || {
             reporter.finish(context::footprint(&model, params).map(Value::Usages));
+        })?;
+        Ok(Call::new(state))
+    }
+
+    /// Makes a context that nothing stands round, to compare with.
+    fn bare_loop(&self, hub: &Hub, options: ContextOptions) -> PyResult<Call> {
+        let (model, state) = (self.open()?, State::new(hub)?);
+        let params = options.into_params()?;
+        let reporter = Arc::clone(&state);
+        spawn("llamactor-open", move || {
+            reporter.finish(BareLoop::start(&model, params).map(Value::BareLoop));
         })?;
         Ok(Call::new(state))
     }

@@ -47,6 +47,7 @@ PYTHON_MODULES = {
         *("_checks", "_home", "_hub", "_opening", "_work", "chat"),
         *("context", "errors", "options", "prediction"),
     },
+    "_bare": {"_hub", "_opening", "options"},
     "system": {"_checks", "_core"},
     "presets": {"_checks", "errors", "options"},
     "store": {"_checks", "_core", "errors", "presets"},
@@ -55,7 +56,10 @@ PYTHON_MODULES = {
         *("_checks", "_core", "_hub", "chat", "errors", "loading", "model"),
         *("options", "prediction", "presets", "store", "system"),
     },
-    "cli": {"chat", "errors", "loading", "options", "prediction", "store"},
+    "cli": {
+        *("_bare", "chat", "errors", "loading", "options"),
+        *("prediction", "presets", "store", "system"),
+    },
 }
 
 TOP_LEVEL = {
