@@ -127,12 +127,27 @@ impl Gate {
     }
 }
 
+/// The parameters, with room for as many rows of logits as a decode call may have.
+#[must_use]
+pub fn with_outputs(params: ContextParams) -> ContextParams {
+    ContextParams { n_outputs_max: params.n_seq_max.max(MIN_OUTPUTS), ..params }
+}
+
+/// Makes a `llama_context`, which stays on this thread.
+///
+/// # Errors
+/// `InsufficientMemory`, or `Unsupported` by the model.
+pub fn open(model: &Model, params: &ContextParams) -> Result<llama::Context> {
+    require_memory(model, params)?;
+    llama::Context::new(Arc::clone(model.llama()), params)
+}
+
 /// Starts a context: its decoder thread makes the `llama_context` and reports before it takes work.
 ///
 /// # Errors
 /// What making the context failed with.
 pub fn start(model: &Arc<Model>, params: ContextParams, parking: Budget) -> Result<Arc<Shared>> {
-    let params = ContextParams { n_outputs_max: params.n_seq_max.max(MIN_OUTPUTS), ..params };
+    let params = with_outputs(params);
     let (inbox, messages) = channel();
     let (report, reported) = channel();
     let model = Arc::clone(model);
@@ -153,11 +168,10 @@ fn open_and_run(
     messages: Receiver<Message>,
     report: Sender<Result<Arc<Shared>>>,
 ) {
-    let context =
-        match require_memory(&model, &params).and_then(|()| llama::Context::new(Arc::clone(model.llama()), &params)) {
-            Ok(context) => context,
-            Err(error) => return drop(report.send(Err(error))),
-        };
+    let context = match open(&model, &params) {
+        Ok(context) => context,
+        Err(error) => return drop(report.send(Err(error))),
+    };
     let shared = Arc::new(share(model, &params, &context, parking, inbox));
     let decoder = decoder::Decoder::new(Arc::clone(&shared), context, params, messages);
     if report.send(Ok(Arc::clone(&shared))).is_ok() {

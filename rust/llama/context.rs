@@ -307,6 +307,12 @@ impl Context {
         self.n_ctx_seq
     }
 
+    /// Sequences it has.
+    #[must_use]
+    pub fn n_seq_max(&self) -> usize {
+        self.n_seq_max
+    }
+
     /// Tokens at most in one decode call, as llama.cpp clamped it.
     #[must_use]
     pub fn n_batch(&self) -> usize {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::bare::BareLoop;
 use super::context::Context;
 use super::hub::Hub;
 use super::model::Model;
@@ -13,7 +14,7 @@ use super::process::Native;
 use super::sequence::Sequence;
 use crate::error::{Error, Result};
 use crate::prediction::Target;
-use crate::sequence::{Done, Lease, Sequences};
+use crate::sequence::{self, BareReplies, Done, Lease, Sequences};
 
 /// What an operation gives.
 pub enum Value {
@@ -24,6 +25,8 @@ pub enum Value {
     Model(Arc<crate::model::Model>),
     Context(Arc<Sequences>),
     Sequence(Lease),
+    BareLoop(sequence::BareLoop),
+    Replies(BareReplies),
 }
 
 type OnCancel = Box<dyn FnOnce() + Send>;
@@ -91,7 +94,8 @@ impl State {
 
     /// A value that comes after the cancel has no taker: what it holds is let go here.
     fn unless_cancelled(&self, outcome: Result<Value>) -> Result<Value> {
-        let holds = matches!(outcome, Ok(Value::Sequence(_) | Value::Context(_) | Value::Model(_)));
+        let holds =
+            matches!(outcome, Ok(Value::Sequence(_) | Value::Context(_) | Value::Model(_) | Value::BareLoop(_)));
         if holds && self.cancel.load(Ordering::SeqCst) { Err(Error::Cancelled) } else { outcome }
     }
 
@@ -154,6 +158,10 @@ fn into_python(py: Python<'_>, value: Value) -> PyResult<Py<PyAny>> {
         Value::Model(model) => Py::new(py, Model::new(model))?.into_any(),
         Value::Context(context) => Py::new(py, Context::new(context))?.into_any(),
         Value::Sequence(lease) => Py::new(py, Sequence::new(lease))?.into_any(),
+        Value::BareLoop(bare) => Py::new(py, BareLoop::new(bare))?.into_any(),
+        Value::Replies(replies) => {
+            (replies.first, replies.total, replies.tokens).into_pyobject(py)?.into_any().unbind()
+        }
     })
 }
 

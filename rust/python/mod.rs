@@ -1,5 +1,6 @@
 //! ⑥ What Python sees: thin classes over the rooms before, one file each. Nothing is decided here.
 
+mod bare;
 mod call;
 mod callbacks;
 mod chat;
@@ -13,6 +14,7 @@ mod prediction;
 mod process;
 mod sequence;
 
+pub use bare::BareLoop;
 pub use call::Call;
 pub use chat::{parse_chat_answer, try_chat_template};
 pub use context::Context;

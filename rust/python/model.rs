@@ -17,7 +17,7 @@ use super::process::{Native, require_own_process};
 use crate::error::{Error, Result, closed};
 use crate::llama::{self, LogLevel, Token};
 use crate::model;
-use crate::sequence::{Sequences, note};
+use crate::sequence::{BareLoop, Sequences, note};
 
 /// Longest text that is tokenised on the caller's stack; a longer one gets a thread with a larger one.
 const OWN_STACK_BYTES: usize = 4 * 1024;
@@ -194,6 +194,17 @@ impl Model {
         spawn("llamactor-open", move || {
             let context = Sequences::start(&model, params, parking).and_then(|context| holder.adopt(context));
             reporter.finish(context.map(Value::Context));
+        })?;
+        Ok(Call::new(state))
+    }
+
+    /// Makes a context that nothing stands round, to compare with.
+    fn bare_loop(&self, hub: &Hub, options: ContextOptions) -> PyResult<Call> {
+        let (model, state) = (self.open()?, State::new(hub)?);
+        let params = options.into_params()?;
+        let reporter = Arc::clone(&state);
+        spawn("llamactor-open", move || {
+            reporter.finish(BareLoop::start(&model, params).map(Value::BareLoop));
         })?;
         Ok(Call::new(state))
     }

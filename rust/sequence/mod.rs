@@ -1,6 +1,7 @@
 //! ④ One actor, one thread, one prediction at a time.
 
 mod actor;
+mod bare;
 mod generation;
 mod lease;
 pub mod logits;
@@ -13,6 +14,7 @@ pub mod text;
 use std::sync::Arc;
 
 pub use actor::Queued;
+pub use bare::{BareLoop, BareReplies};
 pub use generation::{Drawn, Logprob, StopReason};
 pub use lease::{Lease, Sequences};
 pub use reasoning::Reasoning;

@@ -43,11 +43,15 @@ PYTHON_MODULES = {
         *("_checks", "_home", "_hub", "_opening", "chat"),
         *("context", "errors", "options", "prediction"),
     },
+    "_bare": {"_hub", "_opening", "options"},
     "system": {"_checks", "_core"},
     "presets": {"_checks", "errors", "options"},
     "store": {"_checks", "_core", "errors", "presets"},
     "loading": {"_checks", "_core", "_hub", "errors", "model", "options", "prediction", "store"},
-    "cli": {"chat", "errors", "loading", "options", "prediction", "store"},
+    "cli": {
+        *("_bare", "chat", "errors", "loading", "options"),
+        *("prediction", "presets", "store", "system"),
+    },
 }
 
 TOP_LEVEL = {
