@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llamactor.prediction import PredictionResult
+    from llamactor.runtime.memory import MemoryPlan
 
 __all__ = (
     "BusyError",
@@ -98,6 +99,9 @@ class PresetNotFoundError(LlamactorError, LookupError):
 
 class InsufficientMemoryError(LlamactorError, MemoryError):
     """Memory for weights, cells or compute buffers could not be had."""
+
+    plan: MemoryPlan | None = None
+    """What a `Runtime` found that it would take, and what would fit instead."""
 
 
 class ContextOverflowError(LlamactorError, ValueError):

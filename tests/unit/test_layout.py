@@ -32,15 +32,19 @@ PYTHON_MODULES = {
     "_checks": set[str](),
     "_home": set[str](),
     "_opening": set[str](),
+    "_work": set[str](),
     "options": {"_checks"},
     "_hub": {"_core", "errors"},
-    "prediction": {"_hub", "errors", "options"},
+    "prediction": {"_hub", "_work", "errors", "options"},
     "sequence": {"_checks", "_hub", "errors", "options", "prediction"},
     "context": {"_checks", "_home", "_hub", "_opening", "sequence"},
-    "chat": {"_checks", "_core", "_hub", "_opening", "errors", "options", "prediction"},
+    "chat": {
+        *("_checks", "_core", "_home", "_hub", "_opening", "_work"),
+        *("errors", "options", "prediction"),
+    },
     "context_shift": {"chat"},
     "model": {
-        *("_checks", "_home", "_hub", "_opening", "chat"),
+        *("_checks", "_home", "_hub", "_opening", "_work", "chat"),
         *("context", "errors", "options", "prediction"),
     },
     "_bare": {"_hub", "_opening", "options"},
@@ -48,6 +52,10 @@ PYTHON_MODULES = {
     "presets": {"_checks", "errors", "options"},
     "store": {"_checks", "_core", "errors", "presets"},
     "loading": {"_checks", "_core", "_hub", "errors", "model", "options", "prediction", "store"},
+    "runtime": {
+        *("_checks", "_core", "_hub", "chat", "errors", "loading", "model"),
+        *("options", "prediction", "presets", "store", "system"),
+    },
     "cli": {
         *("_bare", "chat", "errors", "loading", "options"),
         *("prediction", "presets", "store", "system"),
