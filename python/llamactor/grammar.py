@@ -7,7 +7,6 @@ first used, off the loop and within bounds, and kept with the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -15,6 +14,7 @@ import msgspec
 from llamactor import _checks as check
 from llamactor import _core
 from llamactor.errors import GrammarError
+from llamactor.schema import schema_of
 
 __all__ = ("Grammar",)
 
@@ -73,24 +73,19 @@ class Grammar(msgspec.Struct, frozen=True):
         check.check_text("root", self.root, empty=False)
 
     @classmethod
-    def json_schema(cls, schema: Mapping[str, Any] | bool) -> Grammar:  # noqa: FBT001
-        """Return the grammar of the JSON values that fit a JSON Schema.
+    def json_schema(cls, schema: Any) -> Grammar:
+        """Return the grammar of the JSON values that fit a JSON Schema or a type.
 
         Properties come in the order of the schema, additional ones after them.
 
         Args:
-            schema: A dictionary with the keywords of Draft 2020-12, or True for any value.
+            schema: As for `schema_of`: a dictionary with the keywords of Draft 2020-12, or a type.
 
         Raises:
-            TypeError: If it is no dictionary, or has what JSON does not.
+            TypeError: If it is neither, or a type that JSON cannot say.
+            ValueError: If a dictionary has what JSON does not.
         """
-        if not isinstance(schema, (Mapping, bool)):
-            raise TypeError(f"schema must be a dictionary, not {check.describe(schema)}")
-        try:
-            text = json.dumps(schema, ensure_ascii=False, allow_nan=False, default=_mapping)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise TypeError(f"schema is not JSON: {error}") from error
-        return cls("json_schema", text)
+        return cls("json_schema", schema_of(schema).text)
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
@@ -157,9 +152,3 @@ class Grammar(msgspec.Struct, frozen=True):
     def native(self) -> dict[str, object]:
         """Return the form the native core takes."""
         return {"kind": self.kind, "text": self.text, "root": self.root}
-
-
-def _mapping(value: object) -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"{check.describe(value)} has no JSON")

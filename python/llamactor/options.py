@@ -15,6 +15,7 @@ import msgspec
 
 from llamactor import _checks as check
 from llamactor.grammar import Grammar
+from llamactor.schema import schema_of
 
 if TYPE_CHECKING:
     import os
@@ -262,7 +263,10 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
     grammar: Grammar | None = None
     """What the content may be; of `grammar`, `schema` and `regex` one at most."""
     schema: Any = None
-    """The JSON Schema that the content, which is JSON then, keeps to."""
+    """What the content is, as JSON: a JSON Schema as a dict, or a type; see `schema_of`.
+
+    The result's `parsed` is the value of that type; `Prediction.partial_values` has it growing.
+    """
     regex: str | None = None
     """A regular expression that the content matches as a whole."""
     response_prefix: str | None = None
@@ -385,8 +389,8 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
             check.check_text("chat_template", self.chat_template)
         self.native()
 
-    def native(self) -> dict[str, object]:
-        """Return the form the native loader takes."""
+    def native(self, *, outline: bool = False) -> dict[str, object]:
+        """Return the form the native loader takes; an outline has no weights, only their sizes."""
         return {
             "gpu_layers": -1 if self.gpu_layers == "auto" else int(self.gpu_layers),
             "devices": None if self.devices is None else _texts("devices", self.devices),
@@ -396,6 +400,7 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
             "use_mmap": self.use_mmap,
             "use_mlock": self.use_mlock,
             "vocab_only": self.vocab_only,
+            "outline": outline,
             "check_tensors": self.check_tensors,
             "metadata_overrides": _overrides(self.metadata_overrides),
             "lora": [
@@ -815,7 +820,7 @@ _RULES: dict[str, Callable[[str, Any], object]] = {
     "logits_processor": check.check_callable,
     "ignore_eos": check.check_bool,
     "grammar": _instance(Grammar),
-    "schema": lambda _, value: Grammar.json_schema(value),
+    "schema": lambda _, value: schema_of(value),
     "regex": check.check_text,
     "response_prefix": check.check_text,
     "trim_trailing_whitespace": check.check_bool,

@@ -33,7 +33,7 @@ impl Model {
     pub fn load(path: &Path, params: &LoadParams, on_progress: &mut dyn FnMut(f32) -> bool) -> Result<Self> {
         let header = check(path, params)?;
         for (adapter, _) in &params.lora {
-            gguf::check_adapter_file(adapter).map_err(refused)?;
+            gguf::check_adapter_file(adapter)?;
         }
         if !on_progress(0.0) {
             return Err(Error::LoadCancelled);
@@ -148,12 +148,5 @@ impl Model {
 /// The header's rules, with the overrides that llama.cpp will apply to the same keys.
 fn check(path: &Path, params: &LoadParams) -> Result<gguf::Header> {
     let overrides: Vec<_> = params.overrides.iter().map(|(key, value)| (key.clone(), value.as_gguf())).collect();
-    gguf::check_model_file(path, params.vocab_only, &overrides).map_err(refused)
-}
-
-fn refused(error: gguf::GgufError) -> Error {
-    match error {
-        gguf::GgufError::NotFound(_) => Error::ModelNotFound(error.to_string()),
-        _ => Error::ModelLoad(error.to_string()),
-    }
+    Ok(gguf::check_model_file(path, params.vocab_only, &overrides)?)
 }

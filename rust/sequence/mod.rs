@@ -1,6 +1,7 @@
 //! ④ One actor, one thread, one prediction at a time.
 
 mod actor;
+mod bare;
 mod generation;
 pub mod grammar;
 mod lease;
@@ -14,6 +15,7 @@ pub mod text;
 use std::sync::Arc;
 
 pub use actor::Queued;
+pub use bare::{BareLoop, BareReplies};
 pub use generation::{Drawn, Logprob, StopReason};
 pub use lease::{Lease, Sequences};
 pub use reasoning::Reasoning;
