@@ -53,7 +53,15 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { nodes: 30_000, alternatives: 1_000, states: 10_000, fuel: 5_000_000, symbols: 60_000, shortest: 1 << 20 }
+        Self {
+            nodes: 30_000,
+            alternatives: 1_000,
+            states: 10_000,
+            fuel: 5_000_000,
+            optional: 1_000,
+            symbols: 60_000,
+            shortest: 1 << 20,
+        }
     }
 }
 
