@@ -7,6 +7,8 @@ mod bounded;
 mod common;
 mod context;
 pub mod gguf;
+#[cfg(test)]
+pub mod grammar;
 mod log;
 mod model;
 mod pretokenizer;

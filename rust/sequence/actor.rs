@@ -324,6 +324,7 @@ impl Actor {
             model: Arc::clone(model.llama()),
             ignore_eos,
             max_tokens: request.max_tokens,
+            room: self.room(tokens.len(), request.overflow),
             started: Instant::now(),
             n_drawn: 0,
             needs_clock,
@@ -335,6 +336,14 @@ impl Actor {
         generation.sampler.prime(&tokens)?;
         generation.begin_with(request.response_prefix.as_deref().unwrap_or_default())?;
         Ok((generation, tokens))
+    }
+
+    /// Tokens that can follow a prompt until the context is full; the last one need not be evaluated.
+    fn room(&self, n_prompt: usize, overflow: Option<Overflow>) -> usize {
+        match overflow {
+            None | Some(Overflow::Stop) => self.shared.info.context_size.saturating_sub(n_prompt) + 1,
+            Some(_) => usize::MAX,
+        }
     }
 
     /// Brings what a chat left on disk into memory, where the decoder finds it, and makes room for what it parks.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::grammar::Constraint;
-use super::sampler::{Sampled, Sampler, TokenLogprob};
+use super::sampler::{Sampled, Sampler, TokenLogprob, Within};
 use super::text::segments::{Parts, Segments};
 use super::text::{StopMatch, TextStream};
 use super::{Outcome, Sink};
@@ -99,6 +99,13 @@ impl Text {
         }
     }
 
+    /// Has the reasoning that is going on closed, whatever the model would draw.
+    fn close_reasoning(&mut self, out: &mut Parts) {
+        if let Self::Segmented(segments) = self {
+            segments.close_now(out);
+        }
+    }
+
     /// From here on all is content.
     fn settle(&mut self) {
         if let Self::Segmented(segments) = self {
@@ -123,6 +130,8 @@ pub struct Generation {
     pub model: Arc<Model>,
     pub ignore_eos: bool,
     pub max_tokens: Option<usize>,
+    /// Tokens until the context is full, where that ends the generation.
+    pub room: usize,
     pub started: Instant,
     pub n_drawn: usize,
     /// Whether the text needs the clock (token batching).
@@ -151,10 +160,16 @@ impl Generation {
     /// Shows the response prefix, which is text like the rest; there may be none.
     ///
     /// # Errors
-    /// `Grammar` if nothing that the constraint allows begins like this.
+    /// `Grammar` if nothing that the constraint allows begins like this, or fits into the limits.
     pub fn begin_with(&mut self, prefix: &str) -> Result<()> {
+        let left = self.left();
+        let limit = match self.limit() {
+            StopReason::MaxTokens => format!("max_tokens={left}"),
+            _ => "the context".to_owned(),
+        };
         if let Some(constraint) = &mut self.constraint {
             constraint.begin_with(prefix)?;
+            constraint.begin_within(left, &limit)?;
             if constraint.is_over() {
                 self.ended = Some((StopReason::Eos, None));
             }
@@ -200,14 +215,14 @@ impl Generation {
             Ok(stopped) => stopped,
             Err(error) => return self.fail(error),
         };
-        let is_over = self.constraint.as_ref().is_some_and(|constraint| constraint.is_over());
+        let ended = self.constraint.as_ref().and_then(|constraint| self.end_of(constraint));
         let paused = self.show(Some(drawn));
         if let Some(stop) = stopped {
             let text = self.stop_text(stop);
             return self.stop(StopReason::StopString, Some(text));
         }
-        if is_over {
-            return self.stop(StopReason::Eos, None);
+        if let Some(reason) = ended {
+            return self.stop(reason, None);
         }
         match (self.is_used_up(), paused) {
             (true, _) => self.stop(StopReason::MaxTokens, None),
@@ -236,11 +251,53 @@ impl Generation {
         Ok(stopped)
     }
 
+    /// Why nothing follows, where nothing may: the answer was whole, or had to be closed.
+    fn end_of(&self, constraint: &Constraint) -> Option<StopReason> {
+        match (constraint.is_closed(), constraint.is_over()) {
+            (true, _) => Some(self.limit()),
+            (false, true) => Some(StopReason::Eos),
+            (false, false) => None,
+        }
+    }
+
+    /// Tokens that may still be drawn.
+    fn left(&self) -> usize {
+        let limit = self.max_tokens.unwrap_or(usize::MAX).min(self.room);
+        limit.saturating_sub(self.n_drawn)
+    }
+
+    /// Why it ends where the limits end it.
+    fn limit(&self) -> StopReason {
+        if self.max_tokens.is_some_and(|limit| limit <= self.room) {
+            StopReason::MaxTokens
+        } else {
+            StopReason::ContextFull
+        }
+    }
+
+    /// Draws a token; `None` where nothing may follow.
     fn draw(&mut self, logits: &[f32]) -> Result<Option<Sampled>> {
-        match (self.text.forced(), &mut self.constraint) {
-            (Some(token), _) => self.sampler.force(logits, token).map(Some),
-            (None, Some(constraint)) => self.sampler.sample_within(logits, constraint),
-            (None, None) => self.sampler.sample(logits).map(Some),
+        let left = self.left();
+        let Some(constraint) = &mut self.constraint else {
+            return match self.text.forced() {
+                Some(token) => self.sampler.force(logits, token).map(Some),
+                None => self.sampler.sample(logits).map(Some),
+            };
+        };
+        constraint.set_left(left);
+        if constraint.must_leave_reasoning() {
+            self.text.close_reasoning(&mut self.shown);
+        }
+        if let Some(token) = self.text.forced().or_else(|| constraint.forced()) {
+            return self.sampler.force(logits, token).map(Some);
+        }
+        match self.sampler.sample_within(logits, constraint)? {
+            Within::Drawn(sampled) => Ok(Some(sampled)),
+            Within::Nothing => Ok(None),
+            Within::TooLong => {
+                constraint.close()?;
+                constraint.forced().map(|token| self.sampler.force(logits, token)).transpose()
+            }
         }
     }
 
@@ -290,7 +347,10 @@ impl Generator for Generation {
                 let logprob = sampled.logprob.map(|logprob| self.named(sampled.token, logprob));
                 self.take_token(Drawn { token: sampled.token, logprob })
             }
-            Ok(None) => self.stop(StopReason::Eos, None),
+            Ok(None) => {
+                let reason = self.constraint.as_ref().and_then(|constraint| self.end_of(constraint));
+                self.stop(reason.unwrap_or_default(), None)
+            }
             Err(error) => self.fail(error),
         }
     }

@@ -2,12 +2,15 @@
 //!
 //! A [`Spec`] is what was asked for. [`Grammars`] compiles it for a model, on a thread with bounded time and memory,
 //! and keeps what it has compiled. A [`Constraint`] belongs to one generation. The sampler draws first and asks it
-//! about one token ([`Constraint::allows`]); only where that is refused the whole row is masked.
+//! about one token ([`Constraint::judge`]); only where that is refused the whole row is masked.
 
+mod budget;
 mod gate;
 mod gbnf;
 mod guided;
 mod lazy;
+pub mod schema;
+mod tracked;
 mod words;
 
 use std::collections::HashMap;
@@ -16,10 +19,12 @@ use std::time::Duration;
 
 use llguidance::toktrie::SimpleVob;
 
+use self::budget::Budget;
 use self::gate::{Gate, Phase};
 use self::gbnf::{Matcher, Rules};
-use self::guided::Guided;
+use self::guided::{Guided, unanchored};
 use self::lazy::{Triggers, Waiting};
+use self::tracked::Tracked;
 use self::words::Words;
 use super::text::segments::SegmentOptions;
 use crate::error::{Error, Result};
@@ -90,8 +95,8 @@ impl Spec {
     /// The state at the beginning of a text.
     fn compile(&self, words: &Words, token: &dyn Fn(&str) -> Option<Token>) -> Result<State> {
         Ok(match self {
-            Self::JsonSchema(text) => State::Guided(named("JSON Schema", Guided::json(words, text))?),
-            Self::Regex(text) => State::Guided(named("regular expression", Guided::regex(words, text))?),
+            Self::JsonSchema(text) => State::Tracked(Box::new(Tracked::schema(words, text)?)),
+            Self::Regex(text) => regex(words, unanchored(text))?,
             Self::Lark(text) => State::Guided(named("Lark grammar", Guided::lark(words, text))?),
             Self::Gbnf { text, root, preserved, prefix } => {
                 let matcher = Matcher::new(Arc::new(Rules::parse(text, root, token)?))?;
@@ -111,6 +116,14 @@ impl Spec {
             }
         })
     }
+}
+
+/// One whose end is known if its states can be counted, else one that a limit just cuts.
+fn regex(words: &Words, pattern: &str) -> Result<State> {
+    Tracked::regex(words, pattern).map(|tracked| State::Tracked(Box::new(tracked))).or_else(|refused| {
+        let guided = Guided::regex(words, pattern);
+        guided.map(State::Guided).map_err(|_| refused)
+    })
 }
 
 /// Says what llguidance speaks of.
@@ -218,6 +231,7 @@ type Preserved = HashMap<Token, Vec<u8>>;
 /// How far a text has come in a grammar.
 #[derive(Clone)]
 enum State {
+    Tracked(Box<Tracked>),
     Guided(Guided),
     Gbnf(Matcher, Arc<Preserved>),
     Any(Vec<State>),
@@ -228,6 +242,7 @@ impl State {
     /// The same for another generation: nothing is shared that grows.
     fn fork(&self) -> Self {
         match self {
+            Self::Tracked(tracked) => Self::Tracked(Box::new(tracked.fork())),
             Self::Guided(guided) => Self::Guided(guided.fork()),
             Self::Any(states) => Self::Any(states.iter().map(Self::fork).collect()),
             Self::Gbnf(..) | Self::Waiting(_) => self.clone(),
@@ -244,6 +259,7 @@ impl State {
 
     fn allows(&mut self, token: Token, words: &Words) -> Result<bool> {
         match self {
+            Self::Tracked(tracked) => Ok(tracked.allows(token, words)),
             Self::Guided(guided) => guided.allows(token),
             Self::Gbnf(matcher, preserved) => {
                 let text = preserved.get(&token).map_or_else(|| words.text(token), Vec::as_slice);
@@ -258,6 +274,7 @@ impl State {
     /// Goes on with a token if it is allowed. Where it is not, the state is undefined.
     fn take(&mut self, token: Token, words: &Words) -> Result<bool> {
         match self {
+            Self::Tracked(tracked) => Ok(tracked.take(token, words)),
             Self::Guided(guided) => {
                 let allowed = guided.allows(token)?;
                 if allowed {
@@ -289,6 +306,7 @@ impl State {
             return Ok(true);
         }
         match self {
+            Self::Tracked(tracked) => tracked.accept_bytes(bytes, words),
             Self::Guided(guided) => guided.accept_bytes(bytes, words),
             Self::Gbnf(matcher, _) => {
                 let taken = matcher.accept(bytes);
@@ -308,6 +326,7 @@ impl State {
     /// The tokens that may come, and perhaps some more that `allows` refuses. Not those that end the generation.
     fn mask(&mut self, words: &Words) -> Result<SimpleVob> {
         match self {
+            Self::Tracked(tracked) => tracked.mask(words),
             Self::Guided(guided) => guided.mask(words),
             Self::Gbnf(matcher, preserved) => {
                 let mut mask = if matcher.speaks_of_tokens() { words.all() } else { words.none() };
@@ -328,6 +347,7 @@ impl State {
 
     fn may_end(&mut self) -> Result<bool> {
         match self {
+            Self::Tracked(tracked) => Ok(tracked.may_end()),
             Self::Guided(guided) => guided.may_end(),
             Self::Gbnf(matcher, _) => Ok(matcher.may_end()),
             Self::Any(states) => any(states, Self::may_end),
@@ -335,9 +355,44 @@ impl State {
         }
     }
 
+    /// Bytes of the shortest end after a token that is allowed; `None` where that is not known.
+    fn closing_cost_after(&mut self, token: Token, words: &Words) -> Option<usize> {
+        match self {
+            Self::Tracked(tracked) => tracked.closing_cost_after(token, words),
+            Self::Any(states) => states.iter_mut().filter_map(|state| state.closing_cost_after(token, words)).min(),
+            Self::Guided(_) | Self::Gbnf(..) | Self::Waiting(_) => None,
+        }
+    }
+
+    /// The shortest end after a token that is allowed; `None` where that is not known.
+    fn closing_after(&mut self, token: Token, words: &Words) -> Option<Vec<u8>> {
+        match self {
+            Self::Tracked(tracked) => tracked.closing_after(token, words),
+            Self::Any(states) => {
+                states.iter_mut().filter_map(|state| state.closing_after(token, words)).min_by_key(Vec::len)
+            }
+            Self::Guided(_) | Self::Gbnf(..) | Self::Waiting(_) => None,
+        }
+    }
+
+    /// The shortest end; `None` where that is not known.
+    fn closing(&self) -> Option<Vec<u8>> {
+        match self {
+            Self::Tracked(tracked) => Some(tracked.closing()),
+            Self::Any(states) => states.iter().filter_map(Self::closing).min_by_key(Vec::len),
+            Self::Guided(_) | Self::Gbnf(..) | Self::Waiting(_) => None,
+        }
+    }
+
+    /// The tokens that bring the text to its end; `None` where that is not known.
+    fn closing_tokens(&self, words: &Words) -> Result<Option<Vec<Token>>> {
+        self.closing().map(|closing| words.spell(&closing)).transpose()
+    }
+
     /// Whether nothing may follow.
     fn is_over(&self) -> bool {
         match self {
+            Self::Tracked(tracked) => tracked.is_over(),
             Self::Guided(guided) => guided.is_over(),
             Self::Gbnf(matcher, _) => matcher.is_over(),
             Self::Any(states) => states.iter().all(Self::is_over),
@@ -367,6 +422,17 @@ fn keep_those(states: &mut Vec<State>, mut step: impl FnMut(&mut State) -> Resul
     outcome.map(|()| !states.is_empty())
 }
 
+/// What becomes of a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It may come next.
+    Allowed,
+    /// It may not.
+    Refused,
+    /// The grammar allows it, but then the answer could not be brought to an end within the limit.
+    TooLong,
+}
+
 /// The grammar of one generation.
 pub struct Constraint {
     words: Arc<Words>,
@@ -374,6 +440,7 @@ pub struct Constraint {
     fresh: State,
     state: State,
     gate: Gate,
+    budget: Budget,
 }
 
 impl Constraint {
@@ -384,8 +451,10 @@ impl Constraint {
     pub fn new(spec: &Spec, model: &Model, reasoning: Option<&SegmentOptions>) -> Result<Self> {
         let grammars = Grammars::of(model)?;
         let state = grammars.state(spec)?;
+        let words = Arc::clone(&grammars.words);
+        let budget = Budget::new(&state, reasoning, &words)?;
         let gate = reasoning.map_or_else(Gate::open, Gate::new);
-        Ok(Self { words: Arc::clone(&grammars.words), fresh: state.clone(), state, gate })
+        Ok(Self { words, fresh: state.clone(), state, gate, budget })
     }
 
     /// Begins with a text that the prompt holds already.
@@ -394,47 +463,133 @@ impl Constraint {
     /// `Grammar` if nothing that is allowed begins like this.
     pub fn begin_with(&mut self, prefix: &str) -> Result<()> {
         let content = self.gate.begin_with(prefix);
-        match self.state.accept_bytes(content.as_bytes(), &self.words)? {
-            true => Ok(()),
-            false if self.gate.phase() == Phase::Start && self.gate.may_open() => {
-                self.gate.close_content();
-                Ok(())
-            }
-            false => Err(not_begun(content)),
+        if self.state.accept_bytes(content.as_bytes(), &self.words)? {
+            return Ok(());
+        }
+        if self.gate.phase() != Phase::Start {
+            return Err(not_begun(content));
+        }
+        self.gate.rule_content_out();
+        Ok(())
+    }
+
+    // ---- limits ---------------------------------------------------------------------------------------------------
+
+    /// Says how many tokens may still come. Where the shortest answer needs more, an error with both numbers; `limit`
+    /// names what sets them.
+    ///
+    /// # Errors
+    /// `Grammar`.
+    pub fn begin_within(&mut self, left: usize, limit: &str) -> Result<()> {
+        self.budget.left = left;
+        let inside = self.gate.phase() == Phase::Inside;
+        let Some(tokens) = self.state.closing_tokens(&self.words)? else { return Ok(()) };
+        let needed = tokens.len() + if inside { self.budget.to_leave } else { 0 };
+        match needed > left {
+            false => Ok(()),
+            true => Err(Error::Grammar(format!(
+                "the shortest answer that the grammar allows needs {needed} tokens, but {limit} leaves {left}: raise it \
+                 or allow less"
+            ))),
         }
     }
+
+    /// Says how many tokens may still come, the next one included.
+    pub fn set_left(&mut self, left: usize) {
+        self.budget.left = left;
+    }
+
+    /// Whether reasoning must be closed now, so that an answer still fits.
+    #[must_use]
+    pub fn must_leave_reasoning(&self) -> bool {
+        self.gate.phase() == Phase::Inside && self.budget.left <= self.budget.to_answer
+    }
+
+    /// The token that comes next because the answer is being brought to its end.
+    #[must_use]
+    pub fn forced(&self) -> Option<Token> {
+        self.budget.forced()
+    }
+
+    /// Whether the answer was brought to its end because of a limit.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.budget.is_closed()
+    }
+
+    /// Brings the answer to its end: from here on tokens are forced.
+    ///
+    /// # Errors
+    /// `Grammar` if the vocabulary cannot spell the end.
+    pub fn close(&mut self) -> Result<()> {
+        let tokens = self.state.closing_tokens(&self.words)?.unwrap_or_default();
+        self.budget.close(tokens);
+        Ok(())
+    }
+
+    /// Whether the answer can still be brought to its end after a token.
+    fn fits(&mut self, token: Token) -> Result<bool> {
+        match self.state.closing_cost_after(token, &self.words) {
+            None => Ok(true),
+            // A token has a byte at least.
+            Some(bytes) if bytes < self.budget.left => Ok(true),
+            Some(_) => {
+                let closing = self.state.closing_after(token, &self.words).unwrap_or_default();
+                Ok(self.words.spell(&closing)?.len() < self.budget.left)
+            }
+        }
+    }
+
+    // ---- tokens ---------------------------------------------------------------------------------------------------
 
     /// Whether the token may come next.
-    pub fn allows(&mut self, token: Token) -> Result<bool> {
+    ///
+    /// # Errors
+    /// `Grammar` where the matcher fails.
+    pub fn judge(&mut self, token: Token) -> Result<Verdict> {
         if self.words.is_eog(token) {
-            return self.may_end();
+            return self.may_end().map(Verdict::of);
         }
         match self.gate.phase() {
-            Phase::Content => self.state.allows(token, &self.words),
-            Phase::Inside => Ok(match self.gate.rest_of(token, self.words.text(token)) {
-                None => true,
-                Some(rest) => rest.is_empty() || self.fresh.clone().accept_bytes(&rest, &self.words)?,
-            }),
-            Phase::Start => Ok(self.gate.opens(token, self.words.text(token))
-                || (self.gate.has_content() && self.state.allows(token, &self.words)?)),
+            Phase::Inside => self.leaves_well(token).map(Verdict::of),
+            Phase::Start if self.opens(token) => Ok(Verdict::Allowed),
+            Phase::Start if !self.gate.may_be_content() => Ok(Verdict::Refused),
+            Phase::Start | Phase::Content => match self.state.allows(token, &self.words)? {
+                false => Ok(Verdict::Refused),
+                true if self.fits(token)? => Ok(Verdict::Allowed),
+                true => Ok(Verdict::TooLong),
+            },
         }
     }
 
-    /// The tokens that may come next, and perhaps some more that [`Constraint::allows`] refuses.
+    /// Whether the token may be a part of the start tag, and there is room for reasoning and an answer.
+    fn opens(&self, token: Token) -> bool {
+        self.gate.opens(token, self.words.text(token))
+            && (self.gate.is_opening() || self.budget.left > self.budget.to_reason)
+    }
+
+    /// Whether what a token brings of the content, if it ends the reasoning, may be its beginning.
+    fn leaves_well(&self, token: Token) -> Result<bool> {
+        match self.gate.rest_of(token, self.words.text(token)) {
+            Some(rest) => self.fresh.clone().accept_bytes(&rest, &self.words),
+            None => Ok(true),
+        }
+    }
+
+    /// The tokens that may come next, and perhaps some more that [`Constraint::judge`] refuses.
+    ///
+    /// # Errors
+    /// `Grammar` where the matcher fails.
     pub fn mask(&mut self) -> Result<SimpleVob> {
         let mut mask = match self.gate.phase() {
-            Phase::Content => self.state.mask(&self.words)?,
             Phase::Inside => self.words.all(),
-            Phase::Start => {
-                let mut mask = if self.gate.has_content() { self.state.mask(&self.words)? } else { self.words.none() };
-                for token in 0..self.words.trie().vocab_size() as Token {
-                    if self.gate.opens(token, self.words.text(token)) {
-                        mask.allow_token(token as u32);
-                    }
-                }
-                mask
-            }
+            Phase::Start if !self.gate.may_be_content() => self.words.none(),
+            Phase::Start | Phase::Content => self.state.mask(&self.words)?,
         };
+        if self.gate.phase() == Phase::Start {
+            let opening = (0..self.words.trie().vocab_size() as Token).filter(|&token| self.opens(token));
+            opening.for_each(|token| mask.allow_token(token as u32));
+        }
         match self.may_end()? {
             true => mask.or(self.words.eog()),
             false => mask.sub(self.words.eog()),
@@ -442,7 +597,7 @@ impl Constraint {
         Ok(mask)
     }
 
-    /// Whether the token that comes next can be no part of a tag, so that no more is looked for.
+    /// Whether all that comes from this token on is content, so that no tag is to be looked for.
     #[must_use]
     pub fn settles(&self, token: Token) -> bool {
         match self.gate.phase() {
@@ -457,39 +612,31 @@ impl Constraint {
     /// # Errors
     /// `Grammar` if it was not allowed.
     pub fn accept(&mut self, token: Token, inside: bool) -> Result<()> {
+        self.budget.accept();
         let text = self.words.text(token);
-        match self.gate.phase() {
-            Phase::Content => self.take(token),
+        let taken = match self.gate.phase() {
+            Phase::Content => self.state.take(token, &self.words)?,
             Phase::Start if inside => {
                 self.gate.enter();
                 self.state = self.fresh.clone();
-                Ok(())
+                true
             }
             Phase::Start => {
                 let opens = self.gate.open_with(token, text);
-                let fits = self.gate.has_content() && self.state.take(token, &self.words)?;
-                self.gate.decide(opens, fits).then_some(()).ok_or_else(not_allowed)
+                let fits = self.gate.may_be_content() && self.state.take(token, &self.words)?;
+                self.gate.decide(opens, fits)
+            }
+            Phase::Inside if inside => {
+                self.gate.read(text);
+                true
             }
             Phase::Inside => {
-                let rest = self.gate.rest_of(token, text);
-                self.gate.read(text);
-                if inside {
-                    return Ok(());
-                }
+                let rest = self.gate.rest_of(token, text).unwrap_or_default();
                 self.gate.leave();
-                match self.state.accept_bytes(&rest.unwrap_or_default(), &self.words)? {
-                    true => Ok(()),
-                    false => Err(not_allowed()),
-                }
+                self.state.accept_bytes(&rest, &self.words)?
             }
-        }
-    }
-
-    fn take(&mut self, token: Token) -> Result<()> {
-        match self.state.take(token, &self.words)? {
-            true => Ok(()),
-            false => Err(not_allowed()),
-        }
+        };
+        if taken { Ok(()) } else { Err(not_allowed()) }
     }
 
     /// The reasoning was closed by a text that nobody drew.
@@ -504,7 +651,7 @@ impl Constraint {
     pub fn may_end(&mut self) -> Result<bool> {
         match self.gate.phase() {
             Phase::Inside => self.fresh.may_end(),
-            Phase::Start if !self.gate.has_content() => Ok(false),
+            Phase::Start if !self.gate.may_be_content() => Ok(false),
             _ => self.state.may_end(),
         }
     }
@@ -513,5 +660,11 @@ impl Constraint {
     #[must_use]
     pub fn is_over(&self) -> bool {
         self.gate.phase() == Phase::Content && self.state.is_over()
+    }
+}
+
+impl Verdict {
+    fn of(allowed: bool) -> Self {
+        if allowed { Self::Allowed } else { Self::Refused }
     }
 }

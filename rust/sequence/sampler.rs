@@ -15,7 +15,7 @@ use std::mem;
 
 use self::chain::{Edit, Link, Scan};
 use self::penalties::{DryWindow, Penalties};
-use super::grammar::Constraint;
+use super::grammar::{Constraint, Verdict};
 use super::logits;
 use crate::error::{Error, Result};
 use crate::llama::{Candidates, Token};
@@ -41,6 +41,17 @@ pub struct Sampled {
     pub token: Token,
     /// If asked for.
     pub logprob: Option<TokenLogprob>,
+}
+
+/// What was drawn under a constraint.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Within {
+    /// A token that it allows.
+    Drawn(Sampled),
+    /// Nothing can follow, and the text may end.
+    Nothing,
+    /// A token after which the text could not come to its end within the limit: it is to be closed now.
+    TooLong,
 }
 
 /// Draws the tokens of one prediction.
@@ -143,27 +154,36 @@ impl Sampler {
         self.force(logits, token)
     }
 
-    /// Draws a token that the constraint allows, and counts it as generated. `None` where nothing can follow and the
-    /// text may end.
+    /// Draws a token that the constraint allows, and counts it as generated.
     ///
     /// The plain draw comes first: most often it is allowed, and a look at one token is all that it takes.
-    pub fn sample_within(&mut self, logits: &[f32], constraint: &mut Constraint) -> Result<Option<Sampled>> {
+    pub fn sample_within(&mut self, logits: &[f32], constraint: &mut Constraint) -> Result<Within> {
         let token = self.pick(logits)?;
-        if constraint.allows(token)? {
-            return self.force(logits, token).map(Some);
+        let decided = match constraint.judge(token)? {
+            Verdict::Refused => self.draw_again(logits, constraint)?,
+            verdict => Some((token, verdict)),
+        };
+        match decided {
+            Some((token, Verdict::Allowed)) => self.force(logits, token).map(Within::Drawn),
+            Some(_) => Ok(Within::TooLong),
+            None if constraint.may_end()? => Ok(Within::Nothing),
+            None => Err(nothing_allowed()),
         }
+    }
+
+    /// Draws from the same row, edits included, without what the constraint refuses.
+    fn draw_again(&mut self, logits: &[f32], constraint: &mut Constraint) -> Result<Option<(Token, Verdict)>> {
         let mut row = mem::take(&mut self.row);
         if !self.edits_row() {
             row.clear();
             row.extend_from_slice(logits);
         }
-        let drawn = self.draw_within(&mut row, constraint);
+        let drawn = self.draw_masked(&mut row, constraint);
         self.row = row;
-        drawn?.map(|token| self.force(logits, token)).transpose()
+        drawn
     }
 
-    /// Draws from a row of which everything is taken away that the constraint refuses.
-    fn draw_within(&mut self, row: &mut [f32], constraint: &mut Constraint) -> Result<Option<Token>> {
+    fn draw_masked(&mut self, row: &mut [f32], constraint: &mut Constraint) -> Result<Option<(Token, Verdict)>> {
         let allowed = constraint.mask()?;
         for (token, logit) in row.iter_mut().enumerate() {
             if !allowed.get(token) {
@@ -172,15 +192,12 @@ impl Sampler {
         }
         while logits::max(row) > f32::NEG_INFINITY {
             let token = self.draw(row)?;
-            if constraint.allows(token)? {
-                return Ok(Some(token));
+            match constraint.judge(token)? {
+                Verdict::Refused => change(row, token, |_| f32::NEG_INFINITY),
+                verdict => return Ok(Some((token, verdict))),
             }
-            change(row, token, |_| f32::NEG_INFINITY);
         }
-        match constraint.may_end()? {
-            true => Ok(None),
-            false => Err(nothing_allowed()),
-        }
+        Ok(None)
     }
 
     fn pick(&mut self, logits: &[f32]) -> Result<Token> {

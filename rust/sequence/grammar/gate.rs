@@ -65,18 +65,18 @@ impl Gate {
     }
 
     /// Whether what has come at the beginning may be content.
-    pub fn has_content(&self) -> bool {
+    pub fn may_be_content(&self) -> bool {
         self.has_content
     }
 
-    /// Whether it may become the start tag.
-    pub fn may_open(&self) -> bool {
-        self.phase == Phase::Start
+    /// It is not.
+    pub fn rule_content_out(&mut self) {
+        self.has_content = false;
     }
 
-    /// What has come cannot be content.
-    pub fn close_content(&mut self) {
-        self.has_content = false;
+    /// Whether a part of the start tag has come.
+    pub fn is_opening(&self) -> bool {
+        self.n_opening > 0 || self.opening.iter().any(|&byte| !is_blank(char::from(byte)))
     }
 
     /// Takes a response prefix, in which tags count by their texts; returns the content at its end.

@@ -418,3 +418,6 @@ impl Recognizer for Matcher {
         self.push(byte)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,7 @@
 //! llguidance's matchers: regular expressions, Lark, and the grammars of schemas.
 
 use llguidance::Matcher;
-use llguidance::api::{StopReason, TopLevelGrammar};
+use llguidance::api::{GrammarInit, StopReason, TopLevelGrammar};
 use llguidance::toktrie::SimpleVob;
 
 use super::words::Words;
@@ -30,20 +30,19 @@ impl Guided {
     /// # Errors
     /// `Grammar` with llguidance's words.
     pub fn regex(words: &Words, text: &str) -> Result<Self> {
-        Self::compile(words, TopLevelGrammar::from_regex(unanchored(text)))
-    }
-
-    /// Compiles a JSON Schema.
-    ///
-    /// # Errors
-    /// `Grammar` with llguidance's words.
-    pub fn json(words: &Words, text: &str) -> Result<Self> {
-        let schema = serde_json::from_str(text).map_err(refused)?;
-        Self::compile(words, TopLevelGrammar::from_json_schema(schema))
+        Self::compile(words, TopLevelGrammar::from_regex(text))
     }
 
     fn compile(words: &Words, grammar: TopLevelGrammar) -> Result<Self> {
-        let parser = words.factory().create_parser(grammar).map_err(refused)?;
+        Self::from_grammar(words, GrammarInit::Serialized(grammar))
+    }
+
+    /// A matcher for a grammar.
+    ///
+    /// # Errors
+    /// `Grammar` with llguidance's words.
+    pub fn from_grammar(words: &Words, grammar: GrammarInit) -> Result<Self> {
+        let parser = words.factory().create_parser_from_init_default(grammar).map_err(refused)?;
         Ok(Self { matcher: Box::new(Matcher::new(Ok(parser))), stuck: None })
     }
 
@@ -81,7 +80,7 @@ impl Guided {
 
     /// Takes bytes. False if they are not allowed.
     pub fn accept_bytes(&mut self, bytes: &[u8], words: &Words) -> Result<bool> {
-        let tokens = words.spell(bytes)?;
+        let tokens: Vec<u32> = words.spell(bytes)?.into_iter().map(|token| token as u32).collect();
         self.matcher.try_consume_tokens(&tokens).map(|n| n == tokens.len()).map_err(refused)
     }
 
@@ -100,8 +99,8 @@ impl Guided {
     }
 }
 
-/// The whole text must match in any case.
-fn unanchored(regex: &str) -> &str {
+/// A pattern without the anchors at its ends: the whole text must match in any case.
+pub fn unanchored(regex: &str) -> &str {
     let regex = regex.strip_prefix('^').unwrap_or(regex);
     match regex.strip_suffix('$') {
         // `\$` is a dollar, `\\$` a backslash and the end.

@@ -102,11 +102,13 @@ impl Words {
         all
     }
 
-    /// Tokens whose texts make these bytes, if there are any.
-    pub fn spell(&self, bytes: &[u8]) -> Result<Vec<u32>> {
-        let tokens = self.trie().greedy_tokenize(bytes);
-        let spelt: Vec<u8> = tokens.iter().flat_map(|&token| self.text(token as Token).to_vec()).collect();
-        if spelt == bytes {
+    /// Tokens whose texts make these bytes.
+    ///
+    /// # Errors
+    /// `Grammar` if there are none.
+    pub fn spell(&self, bytes: &[u8]) -> Result<Vec<Token>> {
+        let tokens = self.trie().greedy_tokenize(bytes).into_iter().map(|token| token as Token).collect::<Vec<_>>();
+        if tokens.iter().flat_map(|&token| self.text(token)).eq(bytes) {
             return Ok(tokens);
         }
         let text = String::from_utf8_lossy(bytes);

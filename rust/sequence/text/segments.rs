@@ -442,9 +442,19 @@ impl Segments {
     fn close_if_exhausted(&mut self, now: f64, out: &mut Parts) {
         let (Some(budget), true) = (self.budget, self.inside) else { return };
         let patience = if self.utf8.len > 0 { CHARACTER_TOKENS } else { 0 };
-        if self.n_reasoned < budget.saturating_add(patience) {
-            return;
+        if self.n_reasoned >= budget.saturating_add(patience) {
+            self.force(now, out);
         }
+    }
+
+    /// Has the segment that is open closed: its closing tokens come next.
+    pub fn close_now(&mut self, out: &mut Parts) {
+        if self.inside && self.n_forced.is_none() {
+            self.force(0.0, out);
+        }
+    }
+
+    fn force(&mut self, now: f64, out: &mut Parts) {
         self.utf8.finish(&mut self.pending.text);
         self.release(self.pending.end(), now, out);
         self.finish_stream(out);
