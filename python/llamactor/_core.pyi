@@ -1,5 +1,5 @@
 from types import GenericAlias
-from typing import Generic, TypeVar, final
+from typing import Generic, TypeAlias, TypeVar, final
 
 __all__ = [
     "BareLoop",
@@ -23,6 +23,9 @@ __all__ = [
     "system_info",
     "try_chat_template",
 ]
+
+_Usage: TypeAlias = tuple[str, str, bool, int, int, int]
+"""Device, kind of buffer, whether it is the host's memory; bytes of weights, cache and compute."""
 
 _T_co = TypeVar("_T_co", covariant=True)
 
@@ -70,6 +73,7 @@ class Model:
     def save_note(self, hub: Hub, path: str, note: bytes) -> Call[None]: ...
     def load_note(self, hub: Hub, path: str) -> Call[bytes]: ...
     def create_context(self, hub: Hub, options: dict[str, object]) -> Call[Context]: ...
+    def footprint(self, hub: Hub, options: dict[str, object]) -> Call[list[_Usage]]: ...
     def bare_loop(self, hub: Hub, options: dict[str, object]) -> Call[BareLoop]: ...
     def close(self, hub: Hub) -> Call[None]: ...
 

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llamactor.prediction import PredictionResult
+    from llamactor.runtime.memory import MemoryPlan
 
 __all__ = (
     "BusyError",
@@ -102,6 +103,9 @@ class PresetNotFoundError(LlamactorError, LookupError):
 
 class InsufficientMemoryError(LlamactorError, MemoryError):
     """Memory for weights, cells or compute buffers could not be had."""
+
+    plan: MemoryPlan | None = None
+    """What a `Runtime` found that it would take, and what would fit instead."""
 
 
 class ContextOverflowError(LlamactorError, ValueError):

@@ -389,8 +389,8 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
             check.check_text("chat_template", self.chat_template)
         self.native()
 
-    def native(self) -> dict[str, object]:
-        """Return the form the native loader takes."""
+    def native(self, *, outline: bool = False) -> dict[str, object]:
+        """Return the form the native loader takes; an outline has no weights, only their sizes."""
         return {
             "gpu_layers": -1 if self.gpu_layers == "auto" else int(self.gpu_layers),
             "devices": None if self.devices is None else _texts("devices", self.devices),
@@ -400,6 +400,7 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
             "use_mmap": self.use_mmap,
             "use_mlock": self.use_mlock,
             "vocab_only": self.vocab_only,
+            "outline": outline,
             "check_tensors": self.check_tensors,
             "metadata_overrides": _overrides(self.metadata_overrides),
             "lora": [

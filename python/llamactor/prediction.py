@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 import msgspec
 
 from llamactor._hub import LoopHub, call_on_loop, check_loop, finalisers_rest, hub_for, running_loop
+from llamactor._work import work_of
 from llamactor.errors import ClosedError, LlamactorError, SchemaValidationError
 from llamactor.options import generation_options, native_options, native_prompt
 from llamactor.schema import schema_of
@@ -238,6 +239,7 @@ class _State:
         "failure",
         "hub",
         "ident",
+        "lease",
         "loop",
         "native",
         "on_settled",
@@ -265,6 +267,8 @@ class _State:
         self.owner = owner
         self.schema = schema
         self.ident = native.id
+        work = work_of(owner)
+        self.lease = None if work is None else work.begin()
         self.readers: set[asyncio.Future[None]] = set()
         self.waiters: set[asyncio.Future[None]] = set()
         self.result: PredictionResult | None = None
@@ -283,8 +287,16 @@ class _State:
             _wake(reader)
         if self.native.done:
             self.hub.forget(self.ident)
+            self.end_lease()
             for waiter in self.waiters:
                 _wake(waiter)
+
+    def end_lease(self) -> None:
+        """Let the model go: it is not at work for this prediction any more."""
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            tokens: Any = self.native.stats()["predicted_tokens"]
+            lease.settle(tokens)
 
     async def finished(self) -> None:
         """Wait for the end; the waiter is interest while it waits."""
@@ -307,6 +319,7 @@ class _State:
             parsed = None if self.error is not None else self._parsed(outcome)
             self.result = _result(outcome, self.error, parsed)
             self.owner = None
+            self.end_lease()
             if self.error is not None:
                 _attach_partial(self.error, self.result)
             self._tell_settled(self.result)
@@ -464,9 +477,13 @@ class Prediction:
         done = state.native.done
         if done:
             _report_unretrieved(state)
-        # A chat wants to hear of the end. A closed loop hears nothing: its hub must not keep it.
-        if state.on_settled is None or state.loop.is_closed():
+        # A chat, and whoever counts the work, want to hear of the end. A closed loop hears nothing:
+        # its hub must not keep it.
+        closed = state.loop.is_closed()
+        if closed or (state.on_settled is None and state.lease is None):
             state.hub.forget(state.ident)
+        if closed:
+            state.end_lease()
         if done:
             return
         forgotten = not state.native.touched()

@@ -277,7 +277,9 @@ def _plain_value(name: str, value: Any) -> Any:
     if value is None:
         return False
     if isinstance(value, msgspec.Struct):
-        return _plain(name, msgspec.structs.asdict(value))
+        usual = type(value)()
+        given = msgspec.structs.asdict(value).items()
+        return _plain(name, {key: item for key, item in given if item != getattr(usual, key)})
     if isinstance(value, Mapping):
         return _plain(name, value)
     if isinstance(value, os.PathLike):

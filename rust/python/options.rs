@@ -299,6 +299,7 @@ pub struct LoadOptions {
     use_mmap: bool,
     use_mlock: bool,
     vocab_only: bool,
+    outline: bool,
     check_tensors: bool,
     /// In the order of the keys: two equal loads have one fingerprint.
     metadata_overrides: BTreeMap<String, Scalar>,
@@ -317,6 +318,7 @@ impl LoadOptions {
             use_mmap: self.use_mmap,
             use_mlock: self.use_mlock,
             vocab_only: self.vocab_only,
+            outline: self.outline,
             check_tensors: self.check_tensors,
             overrides: self.metadata_overrides.into_iter().map(|(key, value)| (key, value.into())).collect(),
             lora: self.lora,

@@ -113,7 +113,10 @@ async def test_a_reference_without_a_file_takes_a_middling_quantisation(
     hub.add(REPO, "README.md", b"# Tiny", large=False)
     assert (await store.pull(f"hf:{REPO}")).path.name == "Tiny-Q4_K_M.gguf"
     assert (await store.pull(f"hf:{REPO}:q8_0")).path.name == "Tiny-Q8_0.gguf"
-    assert (await store.pull(f"hf:{REPO}@main:F16")).path.name == "Tiny-F16.gguf"
+    branch = await store.pull(f"hf:{REPO}@main:F16")
+    assert branch.path == store.path / f"{REPO}@main" / "Tiny-F16.gguf"
+    assert branch.source == f"hf:{REPO}@main/Tiny-F16.gguf"
+    assert await store.resolve(f"hf:{REPO}@main") == branch.path
     with pytest.raises(ModelNotFoundError, match=r"no Q4_K_S; there are Q4_K_M"):
         await store.pull(f"hf:{REPO}:Q4_K_S")
     with pytest.raises(ModelNotFoundError, match=r"no Tiny-Q4_K\.gguf; there are Tiny-Q4_K_M"):

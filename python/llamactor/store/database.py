@@ -32,6 +32,11 @@ VERSION = 1
 PATIENCE = 60.0
 """Seconds after which a lock that another process holds is an error."""
 
+
+class VanishedError(Exception):
+    """Files were removed between being put in place and being recorded."""
+
+
 _SCHEMA = """
 CREATE TABLE models (
     name TEXT NOT NULL PRIMARY KEY COLLATE NOCASE,
@@ -74,11 +79,15 @@ def add(folder: Path, model: StoredModel, name: str | None) -> StoredModel:
 
     Raises:
         ValueError: `name` belongs to another model, or the path is recorded under another name.
+        VanishedError: Its files were in the store, and another process has removed them.
     """
 
     def work(connection: sqlite3.Connection) -> StoredModel:
+        # Whoever removes a model deletes its files in a transaction as well.
+        if model.owned and not all(file.path.exists() for file in model.files):
+            raise VanishedError(model.path)
         models = _select_all(connection)
-        known = next((other for other in models if other.path == model.path), None)
+        known = _same(models, model)
         if known is None:
             added = msgspec.structs.replace(model, name=_free_name(models, name, model.name))
             _insert(connection, added)
@@ -86,8 +95,10 @@ def add(folder: Path, model: StoredModel, name: str | None) -> StoredModel:
         if name is not None and name.casefold() != known.name.casefold():
             raise ValueError(
                 f"{model.path} is in the store as {known.name!r}; "
-                f"rename it with: store.update({known.name!r}, name={name!r})"
+                f"rename it with: store.update({known.name!r}, rename={name!r})"
             )
+        if known.owned and not model.owned and known.path != model.path:
+            return known  # another program has the same
         renewed = _renewed(known, model)
         _write(connection, known.name, renewed)
         return renewed
@@ -121,6 +132,14 @@ def change(folder: Path, name: str, edit: Callable[[StoredModel], StoredModel | 
     if not (folder / FILE_NAME).exists():
         return False
     return _transact(folder, "IMMEDIATE", work)
+
+
+def _same(models: list[StoredModel], model: StoredModel) -> StoredModel | None:
+    """Return the record of a path, else of the one thing that a source names."""
+    found = next((other for other in models if other.path == model.path), None)
+    if found is not None or not model.source.startswith(("hf:", "pkg:", "ollama:")):
+        return found
+    return next((other for other in models if other.source == model.source), None)
 
 
 def _renewed(known: StoredModel, found: StoredModel) -> StoredModel:

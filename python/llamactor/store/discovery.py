@@ -67,14 +67,15 @@ def _hugging_face(cache: Path) -> Iterator[Found]:
     """``models--OWNER--REPO/snapshots/COMMIT/FILE``, a link to a blob that its checksum names."""
     for folder in _folders(cache, "models--*--*"):
         repo = folder.name.removeprefix("models--").replace("--", "/", 1)
-        snapshots = sorted((folder / "snapshots").glob("*"), key=_modified)
-        for snapshot in snapshots:  # of a file in several commits the newest is recorded last
-            for path in sorted(snapshot.rglob("*.gguf")):
+        newest: dict[str, Path] = {}
+        for snapshot in sorted((folder / "snapshots").glob("*"), key=_modified):
+            for path in snapshot.rglob("*.gguf"):
                 if is_model_name(path.name) and path.is_file():
-                    blob = path.resolve().name
-                    checksum = blob if _SHA256.fullmatch(blob) else None
-                    inside = path.relative_to(snapshot).as_posix()
-                    yield Found(path, f"hf:{repo}/{inside}", sha256=checksum)
+                    newest[path.relative_to(snapshot).as_posix()] = path
+        for inside, path in sorted(newest.items()):
+            blob = path.resolve().name
+            checksum = blob if _SHA256.fullmatch(blob) else None
+            yield Found(path, f"hf:{repo}/{inside}", sha256=checksum)
 
 
 def _lm_studio(folder: Path) -> Iterator[Found]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -96,8 +97,7 @@ def copy_in(
 
     What was copied already is left as it is.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=PARTIAL_IMPORT, dir=folder) as name:
+    with _temporary(folder) as name:
         copies = [_copy(path, Path(name), stop, reporter) for path in paths]
         content = "".join(str(copy.sha256) for copy in copies)
         place = folder / hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -107,6 +107,13 @@ def copy_in(
             if not place.is_dir():  # else it is there already
                 raise
     return tuple(ModelFile(place / copy.path.name, copy.size_bytes, copy.sha256) for copy in copies)
+
+
+def _temporary(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # it was empty, and another process removed it
+            return tempfile.TemporaryDirectory(prefix=PARTIAL_IMPORT, dir=folder)
 
 
 def _copy(source: Path, folder: Path, stop: Stop, reporter: Reporter) -> ModelFile:

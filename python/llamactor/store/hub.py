@@ -68,7 +68,12 @@ class HubModel(msgspec.Struct, frozen=True):
     @property
     def source(self) -> str:
         """What its record calls it."""
-        return f"hf:{self.ref.repo}/{self.files[0].name}"
+        return str(msgspec.structs.replace(self.ref, file=self.files[0].name, quantization=None))
+
+    @property
+    def folder(self) -> str:
+        """Where it lies in a store."""
+        return self.ref.repo + (f"@{self.ref.revision}" if self.ref.revision else "")
 
     @property
     def size_bytes(self) -> int:

@@ -84,7 +84,7 @@ def fits(source: str, quantization: str | None, ref: HubRef) -> bool:
     if not source.startswith("hf:"):
         return False
     found = parse_hub(source)
-    if found.repo.casefold() != ref.repo.casefold():
+    if (found.repo.casefold(), found.revision) != (ref.repo.casefold(), ref.revision):
         return False
     if ref.file is not None:
         return found.file == ref.file
@@ -137,11 +137,12 @@ def usable(model: StoredModel) -> StoredModel:
     return model
 
 
-def loadable(files: tuple[ModelFile, ...]) -> tuple[ModelFile, ...]:
-    """Return downloaded files that can be loaded; others are deleted.
+def check_loadable(files: tuple[ModelFile, ...]) -> None:
+    """Delete files of the store that could not be loaded, and say why.
 
     Raises:
         ModelLoadError: A rule of loading is broken.
+        ModelNotFoundError: They are gone.
     """
     try:
         _core.check_model_file(str(files[0].path))
@@ -149,17 +150,19 @@ def loadable(files: tuple[ModelFile, ...]) -> tuple[ModelFile, ...]:
         for file in files:
             file.path.unlink(missing_ok=True)
         raise
-    return files
 
 
 def delete(model: StoredModel, folder: Path) -> None:
-    """Delete the files of a model, and the folders that are empty then, up to the store's."""
+    """Delete the files of a model, and the folders that are empty then, inside the store's."""
     for file in model.files:
         file.path.unlink(missing_ok=True)
     for parent in model.path.parents:
-        if parent == folder or not parent.is_relative_to(folder) or any(parent.glob("*")):
+        if folder not in parent.parents:
             return
-        parent.rmdir()
+        try:
+            parent.rmdir()
+        except OSError:  # something else is in it, or another process was first
+            return
 
 
 def forget_if_gone(model: StoredModel) -> StoredModel | None:

@@ -7,6 +7,7 @@ store serves any number of tasks and loops, and any number of processes share it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ from llamactor.store.refs import (
 )
 from llamactor.store.rules import (
     absolute,
+    check_loadable,
     check_name,
     checked_defaults,
     clean_name,
@@ -41,7 +43,6 @@ from llamactor.store.rules import (
     fits,
     forget_if_gone,
     is_here,
-    loadable,
     mentions,
     name_of_found,
     near,
@@ -232,11 +233,14 @@ class ModelStore:
             paths = [source.with_name(part) for part in part_names(source.name)]
             reporter = files.Reporter(loop, progress, files.total_size(paths))
             self._check_free(name, source)
-            if copy:
-                found = files.copy_in(paths, self._folder / _IMPORTED, stop, reporter)
-            else:
+            if not copy:
                 found = files.checksums(paths, stop, reporter)
-            return self._record(found, "import", owned=copy, name=name)
+                return self._record(found, "import", owned=False, name=name)
+
+            def copied() -> tuple[ModelFile, ...]:
+                return files.copy_in(paths, self._folder / _IMPORTED, stop, reporter)
+
+            return self._record_owned(copied, "import", name=name)
 
         return await off_loop(work)
 
@@ -287,16 +291,14 @@ class ModelStore:
             known = self._known_content(model)
             if known is not None:
                 return self._record(known.files, known.source, owned=known.owned, name=name)
-            folder = self._folder / model.ref.repo
+            folder = self._folder / model.folder
             self._check_free(name, folder / model.files[0].name)
             reporter = files.Reporter(loop, progress, model.size_bytes)
-            return self._record(
-                loadable(hub.fetch(model, folder, stop, reporter)),
-                model.source,
-                owned=True,
-                name=name,
-                licence=model.license,
-            )
+
+            def fetched() -> tuple[ModelFile, ...]:
+                return hub.fetch(model, folder, stop, reporter)
+
+            return self._record_owned(fetched, model.source, name=name, licence=model.license)
 
         return await off_loop(work)
 
@@ -475,8 +477,6 @@ class ModelStore:
 
     def _known_of_hub(self, ref: HubRef) -> StoredModel | None:
         """Return the record that fits a reference best, if its file is here and sound."""
-        if ref.revision is not None:
-            return None  # records do not say which
         known = of_hub(database.all_models(self._folder), ref) or self._discover_one(
             lambda found: fits(found.source, quantization_in(found.path.name), ref)
         )
@@ -520,10 +520,29 @@ class ModelStore:
         )
         return database.add(self._folder, model, name)
 
+    def _record_owned(
+        self,
+        bring: Callable[[], tuple[ModelFile, ...]],
+        source: str,
+        *,
+        name: str | None,
+        licence: str | None = None,
+    ) -> StoredModel:
+        """Bring files into the store and record them; again, if they are removed in between."""
+        while True:
+            found = bring()
+            with contextlib.suppress(database.VanishedError, ModelNotFoundError):
+                check_loadable(found)
+                return self._record(found, source, owned=True, name=name, licence=licence)
+
     def _check_free(self, name: str | None, path: Path) -> None:
-        """Refuse a name that another model has before anything is downloaded or copied."""
+        """Refuse a name that another model has before anything is downloaded or copied.
+
+        A former copy passes, since what is to be copied may be the same.
+        """
         for model in database.all_models(self._folder) if name is not None else ():
-            if model.name.casefold() == str(name).casefold() and model.path != path:
+            copied = model.owned and model.source == "import"
+            if model.name.casefold() == str(name).casefold() and model.path != path and not copied:
                 raise ValueError(f"the name {name!r} belongs to another model of the store")
 
     def _discover(self, stop: Stop) -> Models:

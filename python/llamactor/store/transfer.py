@@ -294,9 +294,12 @@ class Partial:
 
     def __enter__(self) -> Self:
         """Open and lock it; the lock goes with the process."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            file = self._path.open("a+b")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                file = self._path.open("a+b")
+            except FileNotFoundError:  # another process has just removed the empty folder
+                continue
             try:
                 self._lock(file)
                 if self._is(file):
