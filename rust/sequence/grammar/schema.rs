@@ -29,6 +29,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use dfa::Refused;
+pub use pattern::portable;
 use program::Program;
 pub use tracker::{DEEPEST, Tracker};
 

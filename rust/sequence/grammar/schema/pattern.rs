@@ -273,7 +273,7 @@ fn hex_digit(low: u32, high: u32) -> String {
 
 /// A pattern of ECMA 262 in the words of regex-syntax, in the sense that JavaScript and Python share: `\d`, `\w` and `\s` take ASCII,
 /// their opposites leave out all of Unicode; a dot takes no line break; brackets and set operators in a class are characters.
-fn portable(pattern: &str) -> String {
+pub fn portable(pattern: &str) -> String {
     let mut out = String::new();
     let mut class = None;
     let mut characters = pattern.chars().peekable();
