@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from tests.conftest import Gate
 
 
+pytestmark = pytest.mark.every_loop
+
+
 def state(runtime: Runtime) -> str:
     """The state of the first model."""
     return runtime.snapshot.models[0].state
