@@ -13,12 +13,14 @@ import pytest
 import llamactor
 from llamactor import (
     BusyError,
+    ChatSession,
     ClosedError,
     LoadCancelledError,
     ModelHandle,
     ModelNotFoundError,
     ModelNotLoadedError,
     Runtime,
+    StateMismatchError,
 )
 from tests.conftest import PATIENCE
 from tests.contexts import soon, until
@@ -289,6 +291,26 @@ async def test_a_chat_of_a_handle_goes_on_with_the_model_that_is_loaded_then(
             assert [message.content for message in talk.history] == [
                 *("one", SAYS["alpha"], "two", SAYS["beta"])
             ]
+
+
+async def test_a_chat_of_a_handle_is_saved_and_restored_wherever_it_runs(
+    runtime: Runtime, spoken: dict[str, Path], tmp_path: Path
+) -> None:
+    handle = await runtime.load(spoken["alpha"], identifier="mine", **SMALL)
+    async with handle.chat(max_tokens=8) as session:
+        await session.prompt("one")
+        await session.save(tmp_path / "chat")
+        await runtime.swap("mine", spoken["beta"], **SMALL)
+        with pytest.raises(StateMismatchError):
+            await ChatSession.restore(tmp_path / "chat", handle)
+        await session.save(tmp_path / "chat")
+    async with ChatSession.restore(tmp_path / "chat", handle) as session:
+        await runtime.unload("mine")
+        await runtime.load(spoken["beta"], identifier="mine", **SMALL)
+        assert (await session.prompt("two")).content == SAYS["beta"]
+        assert [message.content for message in session.history] == [
+            *("one", SAYS["alpha"], "two", SAYS["beta"])
+        ]
 
 
 # --- unloading ------------------------------------------------------------------------------------

@@ -263,10 +263,12 @@ class RuntimeCore:
 
     def _arm(self, resident: Resident) -> None:
         """Look again when its time to live may be over."""
+        loop = self._loop
         if resident.ttl is None or resident.busy or resident.leaving or resident in self._timers:
             return
-        due = resident.idle_since + resident.ttl
-        self._timers[resident] = self.bind_loop().call_at(due, self._expire, resident)
+        if loop is not None and not loop.is_closed():  # what runs on other loops may outlive it
+            due = resident.idle_since + resident.ttl
+            self._timers[resident] = loop.call_at(due, self._expire, resident)
 
     def _expire(self, resident: Resident) -> None:
         self._timers.pop(resident, None)
@@ -307,9 +309,11 @@ class RuntimeCore:
                 await self.change()
         finally:
             # Also when the loop is being shut down: the weights must go.
-            await resident.model.aclose()
-            self.residents.gone(resident)
-            self.changed()
+            try:
+                await resident.model.aclose()
+            finally:
+                self.residents.gone(resident)
+                self.changed()
         work = resident.model._work  # noqa: SLF001 -- for this
         await self._note(resident.ref, uses=0, tokens=work.predicted_tokens)
 
