@@ -653,6 +653,41 @@ async def test_closing_stops_loads_and_closes_models(spoken: dict[str, Path], ga
     await context.aclose()
 
 
+async def test_cancelling_a_close_stops_only_the_waiting(
+    spoken: dict[str, Path], gate: Gate
+) -> None:
+    runtime = Runtime(memory_limit=None)
+    model = await runtime.load(spoken["alpha"], **SMALL)
+    prediction = model.complete("x", logits_processor=gate)
+    await gate.reached()
+    closing = asyncio.create_task(runtime.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait([closing])
+    assert closing.cancelled()
+    gate.open()
+    with pytest.raises(ClosedError):
+        await prediction
+    await soon(runtime.aclose())
+    assert runtime.snapshot.closed
+    assert runtime.snapshot.memory_bytes == 0
+    await until_unmapped(spoken["alpha"])
+
+
+async def test_cancelling_an_estimate_leaves_nothing(
+    runtime: Runtime, spoken: dict[str, Path]
+) -> None:
+    for turns in range(8):
+        estimating = asyncio.create_task(runtime.estimate(spoken["alpha"], **SMALL))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        estimating.cancel()
+        await asyncio.wait([estimating])
+    await until_unmapped(spoken["alpha"])
+    assert runtime.snapshot.memory_bytes == 0
+    assert (await runtime.estimate(spoken["alpha"], **SMALL)).fits
+
+
 def test_a_runtime_belongs_to_one_loop(spoken: dict[str, Path]) -> None:
     runtime = Runtime()
 

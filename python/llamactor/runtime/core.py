@@ -322,20 +322,20 @@ class RuntimeCore:
         with contextlib.suppress(StoreError, BusyError, OSError):
             await self.store.note_use(ref, uses=uses, tokens=tokens)
 
-    async def aclose(self) -> None:
-        """Stop everything and close every model."""
+    def close(self) -> None:
+        """Let every model close, whatever runs there."""
         for resident in self.residents:
             _ = self.begin_unloading(resident, drain=False)
-        self.closed = True
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
-        tasks = list(self._tasks)
-        for resident in self.residents.all:
-            await resident.model.aclose()
-        self.changed()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self.changed()
+        self.closed = True
+        self.changed()  # those that drain need not wait any longer
+
+    async def ended(self) -> None:
+        """Wait until everything that was started has ended; cancelling stops the waiting only."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
 
 def insufficient(plan: MemoryPlan, limit: float | int | None) -> InsufficientMemoryError:
