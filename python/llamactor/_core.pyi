@@ -1,5 +1,5 @@
 from types import GenericAlias
-from typing import Generic, TypeVar, final
+from typing import Generic, TypeAlias, TypeVar, final
 
 __all__ = [
     "BareLoop",
@@ -7,11 +7,13 @@ __all__ = [
     "Context",
     "Hub",
     "Model",
+    "Pattern",
     "Prediction",
     "Sequence",
     "after_fork_in_child",
     "check_model_file",
     "devices",
+    "grammar_accepts",
     "load_model",
     "parse_chat_answer",
     "parse_gguf_header",
@@ -21,6 +23,9 @@ __all__ = [
     "system_info",
     "try_chat_template",
 ]
+
+_Usage: TypeAlias = tuple[str, str, bool, int, int, int]
+"""Device, kind of buffer, whether it is the host's memory; bytes of weights, cache and compute."""
 
 _T_co = TypeVar("_T_co", covariant=True)
 
@@ -45,6 +50,11 @@ class Call(Generic[_T_co]):
     def cancel(self) -> None: ...
 
 @final
+class Pattern:
+    def __new__(cls, pattern: str) -> Pattern: ...
+    def search(self, text: str) -> bool: ...
+
+@final
 class Model:
     @property
     def closed(self) -> bool: ...
@@ -63,6 +73,7 @@ class Model:
     def save_note(self, hub: Hub, path: str, note: bytes) -> Call[None]: ...
     def load_note(self, hub: Hub, path: str) -> Call[bytes]: ...
     def create_context(self, hub: Hub, options: dict[str, object]) -> Call[Context]: ...
+    def footprint(self, hub: Hub, options: dict[str, object]) -> Call[list[_Usage]]: ...
     def bare_loop(self, hub: Hub, options: dict[str, object]) -> Call[BareLoop]: ...
     def close(self, hub: Hub) -> Call[None]: ...
 
@@ -148,6 +159,7 @@ def shutdown(timeout: float) -> None: ...
 def after_fork_in_child() -> None: ...
 def try_chat_template(request: bytes) -> bytes: ...
 def parse_chat_answer(request: bytes) -> bytes: ...
+def grammar_accepts(constraint: dict[str, object], text: str) -> bool: ...
 def set_log_level(level: str) -> None: ...
 
 # Header of a GGUF file, checked against every rule of the format. Read on the caller's thread,

@@ -1,6 +1,6 @@
 """Loading: from a reference to a file to a `Model`, off the event loop.
 
-Theory of operation. `load_model` starts an internal `_Load` at once and returns a `Loading`, which
+Theory of operation. `load_model` starts a `NativeLoad` at once and returns a `Loading`, which
 is only a reference to it. Waiters hold the `Loading` while they wait, readers of progress do not;
 when the last reference goes before the model was delivered to anybody, the load is cancelled, or
 the model it made is closed.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar, Unpack
 
 import msgspec
 
@@ -31,9 +31,13 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-T = TypeVar("T")
+    from llamactor._opening import Closable
 
-Stage: TypeAlias = Literal["resolving", "downloading", "weights", "context", "ready"]
+T = TypeVar("T")
+M = TypeVar("M", bound="Closable")
+M_co = TypeVar("M_co", bound="Closable", covariant=True)
+
+Stage: TypeAlias = Literal["resolving", "downloading", "waiting", "weights", "context", "ready"]
 
 _DOWNLOAD_SHARE = 0.7  # of the fraction, if the model has to be downloaded first
 _WEIGHTS_SHARE = 0.9  # of what is left of it; the rest is the default context
@@ -46,19 +50,61 @@ class LoadProgress(msgspec.Struct, frozen=True):
     """What it does now."""
     fraction: float
     """Share that is done, 0 to 1; never falls, and ends at 1.0."""
+    position: int | None = None
+    """While it waits for memory: its place among those that wait, counted from 1."""
 
 
-class Loading:
+class LoadJob(Protocol[M_co]):
+    """What a `Loading` refers to: a load while it runs, and its outcome."""
+
+    loop: asyncio.AbstractEventLoop
+    """The loop it belongs to."""
+    ref: str
+    """What is loaded."""
+    delivered: bool
+    """Whether somebody has got the model."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+
+    @property
+    def progress(self) -> LoadProgress:
+        """How far it is."""
+
+    async def change(self) -> None:
+        """Wait until something changes; cancelling this stops the wait only."""
+
+    def deliver(self) -> M_co:
+        """Return the model or raise why there is none."""
+
+    def raise_failure(self) -> None:
+        """Raise the failure, if it failed."""
+
+    def cancel(self) -> None:
+        """Stop; no effect once the model was delivered."""
+
+    def abandon(self) -> None:
+        """Nobody refers to it any more."""
+
+    def enter(self) -> None:
+        """Begin what ``async with`` holds."""
+
+    async def leave(self) -> None:
+        """End what ``async with`` began; cancelling this is as with `Model.aclose`."""
+
+
+class Loading(Generic[M]):
     """A load under way, bound to the event loop it was started in.
 
     ``await`` it, enter it with ``async with`` (which closes the model at the end of the block), or
     iterate it for `LoadProgress`. All waiters get the same model.
     """
 
-    def __init__(self, load: _Load) -> None:
-        """Refer to a running load; made by `load_model`."""
+    def __init__(self, load: LoadJob[M]) -> None:
+        """Refer to a running load; made by `load_model`, `Runtime.load` and `Runtime.model`."""
         self._load = load
-        self._model: Model | None = None
+        self._entered = False
 
     @property
     def done(self) -> bool:
@@ -78,7 +124,7 @@ class Loading:
         """
         call_on_loop(self._load.loop, self._load.cancel)
 
-    async def result(self) -> Model:
+    async def result(self) -> M:
         """Return the model: the same as awaiting the loading, as a coroutine.
 
         Cancelling this cancels the load only when nobody else waits for it or refers to it.
@@ -101,18 +147,19 @@ class Loading:
             raise
         return load.deliver()
 
-    def __await__(self) -> Generator[Any, None, Model]:
+    def __await__(self) -> Generator[Any, None, M]:
         """Return the model; see `result` for what cancelling does."""
         return self.result().__await__()
 
-    async def __aenter__(self) -> Model:
+    async def __aenter__(self) -> M:
         """Return the model; cancelling is as with `result`."""
         try:
             model = await self.result()
         except BaseException:
             del self  # as in `result`
             raise
-        self._model = model
+        self._load.enter()
+        self._entered = True
         return model
 
     async def __aexit__(
@@ -121,9 +168,12 @@ class Loading:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the model; cancelling is as with `Model.aclose`."""
-        if self._model is not None:
-            await self._model.aclose()
+        """Close the model; cancelling is as with `Model.aclose`.
+
+        One that `Runtime.model` gave is let go instead.
+        """
+        if self._entered:
+            await self._load.leave()
 
     def __aiter__(self) -> AsyncIterator[LoadProgress]:
         """Iterate over the progress, from where it is to 1.0; does not keep the load going.
@@ -144,7 +194,7 @@ class Loading:
             call_on_loop(load.loop, load.abandon)
 
 
-def load_model(ref: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> Loading:
+def load_model(ref: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> Loading[Model]:
     """Start loading a model and a default context for it, and return the `Loading` to await.
 
     Cancelling whoever awaits it cancels the load when nobody else waits for it or refers to it.
@@ -164,10 +214,10 @@ def load_model(ref: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> 
     loop = running_loop("load_model")
     name = check.check_path("ref", ref)
     load, context = load_options(options)
-    return Loading(_Load(loop, name, load, context))
+    return Loading(NativeLoad(loop, name, load, context))
 
 
-class _Load:
+class NativeLoad:
     """A load while it runs, and its outcome."""
 
     def __init__(
@@ -177,6 +227,7 @@ class _Load:
         options: LoadOptions,
         context_options: ContextOptions,
     ) -> None:
+        """Start it."""
         self.loop = loop
         self.ref = ref
         self._chat_template = options.chat_template
@@ -245,6 +296,14 @@ class _Load:
             report_to_loop(self.loop, {"message": message, "exception": self._error})
         self._retrieved = True
         self.cancel()
+
+    def enter(self) -> None:
+        """Leave it as it is: a model is open until it is closed."""
+
+    async def leave(self) -> None:
+        """Close the model; cancelling this is as with `Model.aclose`."""
+        if self._model is not None:
+            await self._model.aclose()
 
     async def _run(self, options: LoadOptions, context_options: ContextOptions) -> None:
         try:
@@ -336,7 +395,7 @@ class _ProgressIterator(AsyncIterator[LoadProgress]):
 
     __slots__ = ("_last", "_load")
 
-    def __init__(self, load: _Load) -> None:
+    def __init__(self, load: LoadJob[Any]) -> None:
         self._load = load
         self._last: LoadProgress | None = None
 

@@ -53,6 +53,8 @@ pub struct ContextInfo {
     pub n_cells: usize,
     /// Kind of memory.
     pub memory: MemoryKind,
+    /// What its buffers and the model's took when it was opened.
+    pub usages: Vec<llama::Usage>,
 }
 
 /// What everybody who uses a context shares.
@@ -159,6 +161,18 @@ pub fn start(model: &Arc<Model>, params: ContextParams, parking: Budget) -> Resu
     reported.recv().map_err(|_| Error::WorkerCrashed("the decoder died while making its context".into()))?
 }
 
+fn with_outputs(params: ContextParams) -> ContextParams {
+    ContextParams { n_outputs_max: params.n_seq_max.max(MIN_OUTPUTS), ..params }
+}
+
+/// What a context would take with its model, of which only an outline is there.
+///
+/// # Errors
+/// As [`llama::Model::footprint`].
+pub fn footprint(model: &Model, params: ContextParams) -> Result<Vec<llama::Usage>> {
+    model.llama().footprint(&with_outputs(params))
+}
+
 /// The decoder thread's life: make the context, tell, run, free.
 fn open_and_run(
     model: Arc<Model>,
@@ -224,6 +238,7 @@ fn share(
         n_threads_batch: params.n_threads_batch as usize,
         n_cells: if pooled { per_sequence } else { per_sequence * n_sequences },
         memory,
+        usages: context.usages().unwrap_or_default(),
     };
     Shared {
         layout: layout(params, memory),

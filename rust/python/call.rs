@@ -13,6 +13,7 @@ use super::model::Model;
 use super::process::Native;
 use super::sequence::Sequence;
 use crate::error::{Error, Result};
+use crate::llama::Usage;
 use crate::prediction::Target;
 use crate::sequence::{self, BareReplies, Done, Lease, Sequences};
 
@@ -22,6 +23,7 @@ pub enum Value {
     Count(usize),
     Floats(Vec<f32>),
     Bytes(Vec<u8>),
+    Usages(Vec<Usage>),
     Model(Arc<crate::model::Model>),
     Context(Arc<Sequences>),
     Sequence(Lease),
@@ -154,6 +156,7 @@ fn into_python(py: Python<'_>, value: Value) -> PyResult<Py<PyAny>> {
         Value::None => py.None(),
         Value::Count(n) => n.into_pyobject(py)?.into_any().unbind(),
         Value::Bytes(bytes) => PyBytes::new(py, &bytes).into_any().unbind(),
+        Value::Usages(usages) => usages.iter().map(usage).collect::<Vec<_>>().into_pyobject(py)?.into_any().unbind(),
         Value::Floats(floats) => floats.into_pyobject(py)?.into_any().unbind(),
         Value::Model(model) => Py::new(py, Model::new(model))?.into_any(),
         Value::Context(context) => Py::new(py, Context::new(context))?.into_any(),
@@ -163,6 +166,11 @@ fn into_python(py: Python<'_>, value: Value) -> PyResult<Py<PyAny>> {
             (replies.first, replies.total, replies.tokens).into_pyobject(py)?.into_any().unbind()
         }
     })
+}
+
+/// `Usage` of `_core.pyi`.
+pub fn usage(usage: &Usage) -> (&str, &str, bool, u64, u64, u64) {
+    (&usage.device, &usage.buffer, usage.host, usage.weights, usage.cache, usage.compute)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

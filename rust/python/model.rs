@@ -14,6 +14,7 @@ use super::chat;
 use super::hub::Hub;
 use super::options::{ContextOptions, LoadOptions};
 use super::process::{Native, require_own_process};
+use crate::context;
 use crate::error::{Error, Result, closed};
 use crate::llama::{self, LogLevel, Token};
 use crate::model;
@@ -194,6 +195,16 @@ impl Model {
         spawn("llamactor-open", move || {
             let context = Sequences::start(&model, params, parking).and_then(|context| holder.adopt(context));
             reporter.finish(context.map(Value::Context));
+        })?;
+        Ok(Call::new(state))
+    }
+
+    /// What a context of this outline would take: see `footprint` in `_core.pyi`.
+    fn footprint(&self, hub: &Hub, options: ContextOptions) -> PyResult<Call> {
+        let (model, params, state) = (self.open()?, options.into_params()?, State::new(hub)?);
+        let reporter = Arc::clone(&state);
+        spawn("llamactor-measure", move || {
+            reporter.finish(context::footprint(&model, params).map(Value::Usages));
         })?;
         Ok(Call::new(state))
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,13 @@ import pytest
 import llamactor
 from llamactor import ModelStore
 from llamactor.cli import main
-from tests.conftest import TINYCHAT
+from tests.conftest import PATIENCE, TINYCHAT
+from tests.hub import Hub, running
 from tests.models import tiny_llama
-from tests.terminals import COMMAND, Terminal, outcome, piped
+from tests.terminals import COMMAND, CONTROL_C, Terminal, outcome, piped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     Run = Callable[..., tuple[int, str, str]]
 
@@ -205,6 +208,86 @@ def test_a_copy_at_a_terminal_shows_how_far_it_is(home: Path) -> None:
         assert screen.ends() == 0
     finally:
         screen.close()
+
+
+# --- pull ---------------------------------------------------------------------------------------
+
+
+REPO = "owner/Tiny-GGUF"
+PULL = [*COMMAND, "pull", f"hf:{REPO}"]
+
+
+@pytest.fixture
+def hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that commands take for the real one, with one model."""
+    hub = Hub()
+    hub.add(REPO, "Tiny-Q8_0.gguf", TINYCHAT.read_bytes())
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with running(hub) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        yield hub
+
+
+def test_a_pulled_model_has_a_name(hub: Hub) -> None:
+    assert outcome(piped(PULL)) == (0, "Tiny-Q8_0\n", "")
+    _, out, _ = outcome(piped([*COMMAND, "ls"]))
+    assert rows(out)[0][0] == "Tiny-Q8_0"
+    pulled = json.loads(piped([*PULL, "--json"]).stdout)
+    assert pulled["source"] == f"hf:{REPO}/Tiny-Q8_0.gguf"
+    answer = piped([*COMMAND, "complete", *SAID, "--model", f"hf:{REPO}:Q8_0"])
+    assert (answer.returncode, answer.stderr) == (0, "")
+
+
+def test_what_is_on_the_hub_is_described_before_it_is_pulled(hub: Hub, home: Path) -> None:
+    code, out, err = outcome(piped([*COMMAND, "info", f"hf:{REPO}"]))
+    assert (code, err) == (0, "")
+    assert f"hf:{REPO}/Tiny-Q8_0.gguf\n" in out
+    assert "2.9M (Q8_0)\n" in out
+    assert rows(piped([*COMMAND, "ls"]).stdout) == []
+
+
+def test_control_c_ends_a_pull_at_a_terminal_and_the_next_one_goes_on(hub: Hub) -> None:
+    file = hub.repositories[REPO]["Tiny-Q8_0.gguf"]
+    file.stall_at = len(file.content) // 2
+    screen = Terminal(PULL, COLUMNS="120")
+    try:
+        screen.shows("Tiny-Q8_0.gguf .*1\\.6/3\\.1 MB")
+        screen.type(CONTROL_C)
+        assert screen.ends() == 130
+    finally:
+        screen.close()
+    file.stall_at = None
+    hub.release.set()
+    assert outcome(piped(PULL)) == (0, "Tiny-Q8_0\n", "")
+    assert file.requests[-1] == f"bytes={len(file.content) // 2}-"
+
+
+def test_what_an_interrupted_pull_has_left_is_pruned(hub: Hub) -> None:
+    file = hub.repositories[REPO]["Tiny-Q8_0.gguf"]
+    file.stall_at = len(file.content) // 2
+    with subprocess.Popen(PULL, stderr=subprocess.PIPE) as pull:
+        assert hub.stalled.wait(PATIENCE)
+        pull.send_signal(signal.SIGINT)
+        assert pull.wait(PATIENCE) == 130
+    code, out, err = outcome(piped([*COMMAND, "prune"]))
+    assert (code, err) == (0, "")
+    assert out.endswith(" are free now\n")
+    assert outcome(piped([*COMMAND, "prune"]))[1] == "0 bytes are free now\n"
+
+
+def test_what_the_hub_has_not_and_what_it_sends_wrong_is_told_in_one_line(hub: Hub) -> None:
+    file = hub.repositories[REPO]["Tiny-Q8_0.gguf"]
+    file.content = file.content[:-1] + bytes([file.content[-1] ^ 1])
+    for ref, status, complaint in (
+        ("hf:owner/nothing", 3, "no such repository"),
+        (f"hf:{REPO}:Q2_K", 3, "no Q2_K; there are Q8_0"),
+        (f"hf:{REPO}", 1, file.sha256),
+    ):
+        code, out, err = outcome(piped([*COMMAND, "pull", ref]))
+        assert (code, out) == (status, "")
+        assert complaint in err
+        assert err.startswith("llamactor: ")
+        assert err.count("\n") == 1
 
 
 # --- info ---------------------------------------------------------------------------------------

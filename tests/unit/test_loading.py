@@ -208,7 +208,7 @@ def test_loading_without_a_running_loop_is_refused(tiny_model_path: Path) -> Non
 
 
 def test_a_load_outlives_neither_its_loop_nor_hangs_it(tiny_model_path: Path) -> None:
-    async def leave_it() -> llamactor.Loading:
+    async def leave_it() -> llamactor.Loading[llamactor.Model]:
         return load_model(tiny_model_path)
 
     loading = asyncio.run(leave_it())

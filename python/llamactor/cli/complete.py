@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,9 @@ from llamactor.store.refs import DEFAULT_MODEL
 if TYPE_CHECKING:
     from llamactor.cli.terminal import Interrupts
 
+OPTION = re.compile(r"--?[a-z][a-z-]*(=.*)?")
+"""What is no text but an option that was misspelt."""
+
 
 class CompleteArguments(msgspec.Struct, frozen=True, kw_only=True):
     """What a completion was told."""
@@ -30,7 +34,10 @@ class CompleteArguments(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def complete(
-    prompt: Annotated[str, Parameter(help='The text; without it or with "-", from stdin.')] = "-",
+    prompt: Annotated[
+        str,
+        Parameter(allow_leading_hyphen=True, help='The text; without it or with "-", from stdin.'),
+    ] = "-",
     /,
     *,
     model: Annotated[str, Parameter(metavar="REF"), REFERENCE] = DEFAULT_MODEL,
@@ -51,6 +58,8 @@ def complete(
     """
     if not prompt:
         raise ValueError("the prompt is empty: there is nothing to continue")
+    if OPTION.fullmatch(prompt):
+        raise ValueError(f"unknown option: {prompt}; a text that is spelt like one goes to stdin")
     arguments = CompleteArguments(
         wanted=Wanted(
             model=model,

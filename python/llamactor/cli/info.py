@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import Group, Parameter
+import msgspec
+from cyclopts import Parameter
 
-from llamactor.cli.flags import Json, LoadFlags, Reference
+from llamactor.cli.flags import OUTPUT, Json, LoadFlags, Preset, Reference
 from llamactor.cli.tables import counted, show_json, show_table, show_values, size
 from llamactor.cli.terminal import Status, Work, write
+from llamactor.runtime import MemoryPlan, Runtime
 from llamactor.store import ModelStore
 from llamactor.store.refs import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from llamactor.cli.terminal import Interrupts
+    from llamactor.options import LoadKeywords
     from llamactor.store import ModelHeader
 
 SHAPE = {
@@ -33,27 +38,34 @@ def info(
     ref: Reference = DEFAULT_MODEL,
     /,
     *,
-    only: Annotated[Part | None, Parameter(group=Group("Output", sort_key=4))] = None,
+    only: Annotated[Part | None, Parameter(group=OUTPUT)] = None,
+    preset: Preset = None,
     loading: LoadFlags = LoadFlags(),  # noqa: B008 -- frozen
     json: Json = False,
 ) -> Work:
     """Show what a model is and what it would take, without loading it.
 
-    All of it is said by the header of the file, of which no more is read; of a model on the hub, no
-    more is downloaded.
+    All of it is found in the header of the file; of a model on the hub no more is downloaded, and
+    what it would take is not known before it is here.
 
     Parameters
     ----------
     only
         Show this alone, whole: the chat template, the metadata, or the tensors.
     """
+    options = loading.keywords()
 
     async def work(_: Interrupts) -> int:
         header = await ModelStore().header(ref)
-        if only is None:
-            show_json(_described(header)) if json else _show(header)
-        else:
+        if only is not None:
             _show_part(header, only, json=json)
+            return Status.DONE
+        plan = await _planned(header, ref, preset, options)
+        if json:
+            show_json(_described(header) | {"memory": plan and _plan_described(plan)})
+        else:
+            _show(header)
+            _show_plan(plan)
         return Status.DONE
 
     return work
@@ -95,6 +107,40 @@ def _show(header: ModelHeader) -> None:
             "chat template": f"{len(template)} characters" if template else "none",
         }
     )
+
+
+async def _planned(
+    header: ModelHeader, ref: str, preset: str | None, options: LoadKeywords
+) -> MemoryPlan | None:
+    """Return what loading it would take; None while its file is elsewhere."""
+    if not await asyncio.to_thread(Path(header.source).is_file):
+        return None
+    async with Runtime() as runtime:
+        return await runtime.estimate(ref, preset=preset, **options)
+
+
+def _plan_described(plan: MemoryPlan) -> dict[str, object]:
+    return msgspec.structs.asdict(plan) | {"total_bytes": plan.total_bytes}
+
+
+def _show_plan(plan: MemoryPlan | None) -> None:
+    if plan is None:
+        return
+    rows = [
+        (device, *map(size, (take.weights, take.cache, take.compute, take.overhead, take.total)))
+        for device, take in plan.per_device.items()
+    ]
+    write("\n")
+    columns = ("ON", "WEIGHTS", "CACHE", "COMPUTE", "OTHER", "TOTAL")
+    show_table(columns, rows, right=columns[1:])
+    free = "" if plan.free_bytes is None else f" of {size(plan.free_bytes)} to be had"
+    write(
+        f"\nWith a context of {plan.context_size} tokens it takes {size(plan.total_bytes)}{free}: "
+        f"it {'fits' if plan.fits else 'does not fit'}.\n"
+    )
+    if plan.suggestion:
+        flags = (f"--{name.replace('_', '-')} {value}" for name, value in plan.suggestion.items())
+        write(f"It would fit with {' '.join(flags)}.\n")
 
 
 def _show_part(header: ModelHeader, part: Part, *, json: bool) -> None:

@@ -1,14 +1,14 @@
-"""``llamactor ls``, ``pull``, ``import``, ``rm`` and ``verify``: the models of the store."""
+"""``llamactor ls``, ``pull``, ``import``, ``rm``, ``prune``, ``verify``: the store."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from pathlib import Path  # noqa: TC003 -- cyclopts reads it
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from llamactor.cli.flags import Json, StoredName  # noqa: TC001 -- cyclopts reads them
+from llamactor.cli.flags import Json, StoredName
 from llamactor.cli.tables import counted, show_json, show_table, size
 from llamactor.cli.terminal import Status, Work, complain, progress, write
 from llamactor.store import Capability, ModelStore
@@ -16,6 +16,7 @@ from llamactor.store import Capability, ModelStore
 if TYPE_CHECKING:
     from llamactor.cli.terminal import Interrupts, Progress
     from llamactor.store import DownloadProgress, StoredModel, Verification
+    from llamactor.store.records import ReportProgress
 
 Name = Annotated[
     str | None, Parameter(metavar="NAME", help="What to call it (a name made of the file's).")
@@ -67,14 +68,11 @@ def _show_models(models: list[StoredModel]) -> None:
             model.quantization,
             model.train_context_size,
             ", ".join(model.capabilities),
-            _ago(model.last_used),
-            "quarantined" if model.quarantined else None,
+            "quarantined" if model.quarantined else _ago(model.last_used),
         )
         for model in models
     ]
-    columns = ("NAME", "SIZE", "WEIGHTS", "QUANT", "CONTEXT", "CAN", "USED", "")
-    if not any(row[-1] for row in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    columns = ("NAME", "SIZE", "WEIGHTS", "QUANT", "CONTEXT", "CAN", "USED")
     show_table(columns, rows, right=("SIZE", "WEIGHTS", "CONTEXT"))
 
 
@@ -137,7 +135,7 @@ def import_(path: Path, /, *, name: Name = None, copy: bool = False, json: Json 
     return work
 
 
-def _reporting(bar: Progress) -> object:
+def _reporting(bar: Progress) -> ReportProgress:
     def report(done: DownloadProgress) -> None:
         bar.at(done.done_bytes, total=done.total_bytes, what=done.file)
 
@@ -163,6 +161,19 @@ def rm(*names: StoredName) -> Work:
         store = ModelStore()
         for name in names:
             await store.remove(name)
+        return Status.DONE
+
+    return work
+
+
+def prune() -> Work:
+    """Remove what interrupted downloads and imports have left.
+
+    A pull of the same model would have gone on from there.
+    """
+
+    async def work(_: Interrupts) -> int:
+        write(f"{size(await ModelStore().prune())} are free now\n")
         return Status.DONE
 
     return work

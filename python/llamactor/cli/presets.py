@@ -63,18 +63,13 @@ def set_(
     *,
     answer: ChatFlags = ChatFlags(),  # noqa: B008 -- frozen
     loading: LoadFlags = LoadFlags(),  # noqa: B008 -- frozen
-    notes: str | None = None,
-    anew: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    notes: Annotated[str | None, Parameter(metavar="TEXT", help="Anything.")] = None,
+    anew: Annotated[
+        bool,
+        Parameter(negative=(), show_default=False, help="Forget the options that it has."),
+    ] = False,
 ) -> Work:
-    """Make a preset of these options, or change them in the one of that name.
-
-    Parameters
-    ----------
-    notes
-        Anything.
-    anew
-        Forget the options that it has.
-    """
+    """Make a preset of these options, or change them in the one of that name."""
     generation, load = answer.keywords(), loading.keywords()
 
     async def work(_: Interrupts) -> int:

@@ -7,13 +7,13 @@ import importlib.metadata
 import sys
 from typing import TYPE_CHECKING, Any
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, UnusedCliTokensError
 
 from llamactor.cli.bench import bench
 from llamactor.cli.chat import chat
 from llamactor.cli.complete import complete
 from llamactor.cli.info import info
-from llamactor.cli.models import import_, ls, pull, rm, verify
+from llamactor.cli.models import import_, ls, prune, pull, rm, verify
 from llamactor.cli.presets import presets
 from llamactor.cli.ps import ps
 from llamactor.cli.terminal import (
@@ -27,13 +27,21 @@ from llamactor.cli.terminal import (
 from llamactor.errors import LlamactorError, ModelNotFoundError, PresetNotFoundError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from llamactor.cli.terminal import Work
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Work]] = {
     **{"chat": chat, "complete": complete},
-    **{"ls": ls, "info": info, "pull": pull, "import": import_, "rm": rm, "verify": verify},
+    **{
+        "ls": ls,
+        "info": info,
+        "pull": pull,
+        "import": import_,
+        "rm": rm,
+        "prune": prune,
+        "verify": verify,
+    },
     **{"ps": ps, "bench": bench},
 }
 STATUSES = """\
@@ -87,7 +95,11 @@ def _parsed(words: Sequence[str]) -> Work | None:
 
 def _one_line(error: CycloptsError) -> str:
     chain = " ".join(["llamactor", *(error.command_chain or ())])
-    return f"{str(error).rstrip().removesuffix('.')}; see {chain} --help"
+    if isinstance(error, UnusedCliTokensError):
+        text = f"nothing is to be done with {' '.join(error.unused_tokens or ())!r}"
+    else:
+        text = str(error).rstrip().removesuffix(".")
+    return f"{text}; see {chain} --help"
 
 
 def _app() -> App:

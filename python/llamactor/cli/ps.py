@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from llamactor.cli.flags import Json  # noqa: TC001 -- cyclopts reads it
+from llamactor.cli.flags import Json
 from llamactor.cli.tables import show_json, show_table, size
 from llamactor.cli.terminal import Status, Work
 

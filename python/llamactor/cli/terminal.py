@@ -197,7 +197,7 @@ def _columns(*, in_bytes: bool) -> list[rich.progress.ProgressColumn]:
     return [name, bars.BarColumn(), bars.TaskProgressColumn()]
 
 
-async def loaded(loading: Loading) -> Model:
+async def loaded(loading: Loading[Model]) -> Model:
     """Return the model, with its progress on stderr if that is a terminal.
 
     Cancelling this cancels the load; nothing stays loaded.
