@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
-import platformdirs
 
 from llamactor import _checks as check
 from llamactor import _core
@@ -597,8 +596,8 @@ class ModelStore:
 def default_folder() -> Path:
     """Return the folder that a store uses when none is named."""
     named = os.environ.get(FOLDER_VARIABLE)
-    return (
-        Path(named)
-        if named
-        else platformdirs.user_data_path("llamactor", appauthor=False) / "models"
-    )
+    if named:
+        return Path(named)
+    import platformdirs  # here, since most programs never use it
+
+    return platformdirs.user_data_path("llamactor", appauthor=False) / "models"
