@@ -263,10 +263,18 @@ async def test_progress_is_told_in_the_loop_and_ends_whole(
 async def test_cancelling_an_import_records_nothing_and_leaves_no_copy(
     store: ModelStore, model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "CHUNK", 100)
-    importing = asyncio.create_task(
-        store.import_(model_path, copy=True, progress=lambda _: cancel_once(importing))
-    )
+    written, may_go_on = threading.Event(), threading.Event()
+
+    def wait_for_the_disk(_: int) -> None:
+        written.set()
+        may_go_on.wait(PATIENCE)
+
+    monkeypatch.setattr(os, "fsync", wait_for_the_disk)
+    importing = asyncio.create_task(store.import_(model_path, copy=True))
+    assert await asyncio.to_thread(written.wait, PATIENCE)
+    importing.cancel()
+    await asyncio.sleep(0)
+    may_go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await importing
     assert await store.list() == []

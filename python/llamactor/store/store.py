@@ -208,7 +208,7 @@ class ModelStore:
         """Record a file, after every check that loading it would make, and return its record.
 
         The file is read to its end for its checksum. What is recorded already is looked at anew.
-        Cancelling records nothing and leaves no copy.
+        Cancelling records nothing and leaves no copy, unless it comes after the last byte.
 
         Args:
             path: A ``.gguf``; the first part of a split model, whose parts are recorded with it.
