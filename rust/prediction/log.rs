@@ -8,7 +8,7 @@ use super::Finished;
 use super::stats::{Clock, Counts, Stats};
 use crate::context::parking::Source;
 use crate::llama::Token;
-use crate::sequence::{Drawn, Logprob, Mark, Outcome};
+use crate::sequence::{CallEvent, Drawn, Logprob, Mark, Outcome};
 
 /// Names a reader of one prediction.
 pub type ReaderId = usize;
@@ -35,6 +35,8 @@ pub enum Event {
     SegmentEnd,
     /// Tokens were dropped because the context was full.
     Shift(usize),
+    /// A tool is called.
+    Call(CallEvent),
 }
 
 /// A stretch of reasoning.
@@ -52,6 +54,21 @@ pub struct Segment {
     pub closed: bool,
     /// Whether that was because the budget was used up.
     pub forced: bool,
+}
+
+/// A call of a tool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ToolCall {
+    /// Which of its generation.
+    index: usize,
+    /// The model's id for it, or a drawn one.
+    pub id: String,
+    /// The tool.
+    pub name: String,
+    /// Its arguments, as JSON.
+    pub arguments: String,
+    /// Whether it has come to its end.
+    whole: bool,
 }
 
 /// The same as it is kept.
@@ -83,6 +100,8 @@ struct Reader {
     inside: bool,
     /// Tokens delivered.
     tokens: usize,
+    /// Tokens of which everything else was delivered.
+    seen: usize,
     /// Notes delivered.
     notes: usize,
     waiting: bool,
@@ -94,6 +113,7 @@ pub struct Log {
     reasoning: String,
     stretches: Vec<Stretch>,
     content_start: Option<usize>,
+    calls: Vec<ToolCall>,
     tokens: Vec<Token>,
     logprobs: Vec<Logprob>,
     notes: Vec<Note>,
@@ -116,6 +136,7 @@ impl Log {
             reasoning: String::new(),
             stretches: Vec::new(),
             content_start: None,
+            calls: Vec::new(),
             tokens: Vec::new(),
             logprobs: Vec::new(),
             notes: Vec::new(),
@@ -180,19 +201,56 @@ impl Log {
     pub fn append_marked(&mut self, drawn: Option<Drawn>, text: &str, marks: &[(usize, Mark)]) {
         self.append_token(drawn);
         let mut start = 0;
-        for &(end, mark) in marks {
-            self.append_text(&text[start..end]);
+        for (end, mark) in marks {
+            self.append_text(&text[start..*end]);
             self.apply(mark);
-            start = end;
+            start = *end;
         }
         self.append_text(&text[start..]);
     }
 
-    fn apply(&mut self, mark: Mark) {
+    fn apply(&mut self, mark: &Mark) {
         match mark {
-            Mark::Content { token } => self.content_start = Some(token),
-            Mark::Open { token } => self.open(token),
-            Mark::Close { token, forced } => self.close(token, true, forced),
+            Mark::Content { token } => self.content_start = Some(*token),
+            Mark::Open { token } => self.open(*token),
+            Mark::Close { token, forced } => self.close(*token, true, *forced),
+            Mark::Call(event) => self.call(event),
+        }
+    }
+
+    fn call(&mut self, event: &CallEvent) {
+        match event {
+            CallEvent::Start { index, id, name } => {
+                let (index, id, name) = (*index, id.clone(), name.clone());
+                self.calls.push(ToolCall { index, id, name, arguments: String::new(), whole: false });
+            }
+            CallEvent::Delta { index, text } => {
+                if self.join_delta(*index, text) {
+                    return;
+                }
+            }
+            CallEvent::End { index, arguments } => {
+                if let Some(call) = self.calls.iter_mut().rev().find(|call| call.index == *index) {
+                    (call.arguments, call.whole) = (arguments.clone(), true);
+                }
+            }
+        }
+        self.note(Event::Call(event.clone()));
+    }
+
+    /// Adds arguments to those that nobody has read yet. Whether there are any.
+    fn join_delta(&mut self, index: usize, more: &str) -> bool {
+        let n_read = self.readers.iter().flatten().map(|reader| reader.notes).max().unwrap_or(0);
+        let (n_notes, n_tokens) = (self.notes.len(), self.tokens.len());
+        match self.notes.last_mut().filter(|_| n_read < n_notes) {
+            Some(Note { event: Event::Call(CallEvent::Delta { index: last, text }), n_tokens: of_note, .. })
+                if *last == index =>
+            {
+                text.push_str(more);
+                *of_note = n_tokens;
+                true
+            }
+            _ => false,
         }
     }
 
@@ -243,6 +301,7 @@ impl Log {
             reasoning: self.reasoning.clone(),
             segments: self.stretches.iter().map(|stretch| self.segment(stretch)).collect(),
             content_start: self.content_start.unwrap_or(if self.stretches.is_empty() { 0 } else { self.tokens.len() }),
+            calls: self.calls.iter().filter(|call| call.whole).cloned().collect(),
             tokens: self.tokens.clone(),
             logprobs: self.logprobs.clone(),
             stats: Stats::at(Instant::now(), &self.clock, self.counts),
@@ -265,7 +324,8 @@ impl Log {
     // ---- who reads ------------------------------------------------------------------------------------------------
 
     pub fn open_reader(&mut self, events: bool) -> ReaderId {
-        let reader = Reader { events, text: 0, reasoning: 0, inside: false, tokens: 0, notes: 0, waiting: false };
+        let reader =
+            Reader { events, text: 0, reasoning: 0, inside: false, tokens: 0, seen: 0, notes: 0, waiting: false };
         self.n_readers += 1;
         match self.readers.iter().position(Option::is_none) {
             Some(free) => {
@@ -308,7 +368,7 @@ impl Log {
     }
 
     fn is_behind(&self, reader: &Reader) -> bool {
-        !reader.waiting && self.tokens.len() - reader.tokens > self.max_pending
+        !reader.waiting && self.tokens.len() - reader.tokens.max(reader.seen) > self.max_pending
     }
 
     fn has_news(&self, reader: &Reader) -> bool {
@@ -349,7 +409,9 @@ impl Log {
             let (text, tokens) = (text[start..end.max(start)].to_owned(), self.tokens[first..n_tokens].to_vec());
             return Some(if place.inside { Event::Reasoning(text, tokens) } else { Event::Text(text, tokens) });
         }
-        let event = next?.event.clone();
+        let Note { event, n_tokens, .. } = next?;
+        let event = event.clone();
+        place.seen = *n_tokens;
         place.notes += 1;
         place.waiting = false;
         match event {

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 pub use hub::{Hub, Target};
 use log::Log;
-pub use log::{Event, ReaderId, Segment};
+pub use log::{Event, ReaderId, Segment, ToolCall};
 pub use stats::{Counts, Stats};
 
 use crate::context::job::{End, Flow};
@@ -46,6 +46,8 @@ pub struct Finished {
     pub segments: Vec<Segment>,
     /// The token in which content begins, or the number of tokens.
     pub content_start: usize,
+    /// The calls that are whole.
+    pub calls: Vec<ToolCall>,
     /// All drawn tokens.
     pub tokens: Vec<Token>,
     /// Their log-probabilities, if asked for.

@@ -11,7 +11,7 @@ use super::process::Native;
 use crate::context::job::Flow;
 use crate::context::parking::Source;
 use crate::prediction::{self, Event, Finished, Segment, Stats};
-use crate::sequence::{Outcome, Sink, StopReason};
+use crate::sequence::{CallEvent, Outcome, Sink, StopReason};
 
 /// A running or finished prediction.
 #[pyclass(frozen, module = "llamactor._core")]
@@ -164,6 +164,7 @@ impl Prediction {
         dict.set_item("reasoning", Some(&finished.reasoning).filter(|text| !text.is_empty()))?;
         dict.set_item("segments", segments(py, finished)?)?;
         dict.set_item("content_start", finished.content_start)?;
+        dict.set_item("tool_calls", tool_calls(py, finished)?)?;
         dict.set_item("tokens", &finished.tokens)?;
         dict.set_item("logprobs", terms.logprobs.then(|| logprobs(py, finished)).transpose()?)?;
         dict.set_item("stop_reason", outcome.stop_reason.name())?;
@@ -184,7 +185,14 @@ fn tuple(py: Python<'_>, event: Event) -> PyResult<Bound<'_, PyTuple>> {
         Event::SegmentStart => ("segment_start",).into_pyobject(py),
         Event::SegmentEnd => ("segment_end",).into_pyobject(py),
         Event::Shift(dropped) => ("shift", dropped).into_pyobject(py),
+        Event::Call(CallEvent::Start { index, id, name }) => ("call_start", index, id, name).into_pyobject(py),
+        Event::Call(CallEvent::Delta { index, text }) => ("call_delta", index, text).into_pyobject(py),
+        Event::Call(CallEvent::End { index, arguments }) => ("call_end", index, arguments).into_pyobject(py),
     }
+}
+
+fn tool_calls<'py>(py: Python<'py>, finished: &Finished) -> PyResult<Bound<'py, PyList>> {
+    PyList::new(py, finished.calls.iter().map(|call| (&call.id, &call.name, &call.arguments)))
 }
 
 fn shift<'py>(py: Python<'py>, policy: &str, finished: &Finished) -> PyResult<Option<Bound<'py, PyDict>>> {
