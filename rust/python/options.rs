@@ -113,6 +113,8 @@ pub struct TurnOptions {
     keep: usize,
     /// The window before, and what of it has gone.
     dropped: Option<DroppedItems>,
+    /// Whether another round may follow.
+    pub more: bool,
 }
 
 impl TurnOptions {

@@ -32,6 +32,14 @@ pub enum StopReason {
 }
 
 impl StopReason {
+    const ALL: [Self; 5] = [Self::Eos, Self::StopString, Self::MaxTokens, Self::ContextFull, Self::Cancelled];
+
+    /// The reason of that name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.name() == name)
+    }
+
     /// The name users see.
     #[must_use]
     pub fn name(self) -> &'static str {

@@ -34,10 +34,14 @@ PYTHON_MODULES = {
     "_opening": set[str](),
     "options": {"_checks"},
     "_hub": {"_core", "errors"},
-    "prediction": {"_hub", "errors", "options"},
+    "calls": {"_checks"},
+    "prediction": {"_hub", "calls", "errors", "options"},
     "sequence": {"_checks", "_hub", "errors", "options", "prediction"},
     "context": {"_checks", "_home", "_hub", "_opening", "sequence"},
-    "chat": {"_checks", "_core", "_hub", "_opening", "errors", "options", "prediction"},
+    "chat": {
+        *("_checks", "_core", "_hub", "_opening", "calls"),
+        *("errors", "options", "prediction"),
+    },
     "context_shift": {"chat"},
     "model": {
         *("_checks", "_home", "_hub", "_opening", "chat"),
