@@ -815,6 +815,14 @@ def _event(
             return SegmentEnd("reasoning")
         case ("prompt", processed, cached, total):
             return PromptProgress(processed, cached, total)
+        case ("shift", dropped):
+            return ContextShifted(dropped)
+        case _:
+            return _call_event(native, calls)
+
+
+def _call_event(native: tuple[Any, ...], calls: dict[int, tuple[str, str]]) -> Event:
+    match native:
         case ("call_start", index, ident, name):
             calls[index] = (ident, name)
             return ToolCallStart(index, ident, name)
@@ -822,8 +830,6 @@ def _event(
             return ToolCallDelta(index, arguments)
         case ("call_end", index, arguments):
             return ToolCallEnd(ToolCall(*calls[index], arguments))
-        case ("shift", dropped):
-            return ContextShifted(dropped)
     raise AssertionError(f"unknown event {native!r}")
 
 
