@@ -7,9 +7,15 @@ The tree, with the built-in class each one also derives from in parentheses::
     │   └── LoadCancelledError          the load was cancelled, nothing stays loaded
     ├── ModelNotFoundError (FileNotFoundError)
     ├── ModelNotLoadedError             a handle whose model is not loaded now
+    ├── DownloadError (OSError)         a hub cannot be reached, refuses, or sends something else
+    ├── ChecksumError (ValueError)      a file is not what its record or the hub says
+    ├── StoreError (OSError)            the database of the store cannot be used
+    ├── PresetNotFoundError (LookupError)
     ├── InsufficientMemoryError (MemoryError)
     ├── ContextOverflowError (ValueError)
     ├── ChatTemplateError (ValueError)  the chat template failed, or refuses the messages
+    ├── SchemaValidationError (ValueError)   a text or value does not fit its schema
+    ├── GrammarError (ValueError)       a grammar or schema is malformed, or cannot be kept to
     ├── DecodeError                     the evaluation itself failed
     ├── StateMismatchError (ValueError) a saved state of another model or layout
     ├── ClosedError                     the object, or what it lives in, was closed
@@ -28,22 +34,29 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llamactor.prediction import PredictionResult
+    from llamactor.runtime.memory import MemoryPlan
 
 __all__ = (
     "BusyError",
     "ChatTemplateError",
+    "ChecksumError",
     "ClosedError",
     "ContextOverflowError",
     "DeadlineExceededError",
     "DecodeError",
+    "DownloadError",
+    "GrammarError",
     "InsufficientMemoryError",
     "LlamactorError",
     "LoadCancelledError",
     "ModelLoadError",
     "ModelNotFoundError",
     "ModelNotLoadedError",
+    "PresetNotFoundError",
     "QueueFullError",
+    "SchemaValidationError",
     "StateMismatchError",
+    "StoreError",
     "UnsupportedError",
     "WorkerCrashedError",
 )
@@ -72,8 +85,27 @@ class ModelNotLoadedError(LlamactorError):
     """A handle was used while no model is loaded under its name."""
 
 
+class DownloadError(LlamactorError, OSError):
+    """A hub cannot be reached, refuses, or does not send what it announced."""
+
+
+class ChecksumError(LlamactorError, ValueError):
+    """A file is not what its record or the hub says it is."""
+
+
+class StoreError(LlamactorError, OSError):
+    """The database of the store is damaged, of a newer version, or cannot be opened."""
+
+
+class PresetNotFoundError(LlamactorError, LookupError):
+    """There is no preset of this name."""
+
+
 class InsufficientMemoryError(LlamactorError, MemoryError):
     """Memory for weights, cells or compute buffers could not be had."""
+
+    plan: MemoryPlan | None = None
+    """What a `Runtime` found that it would take, and what would fit instead."""
 
 
 class ContextOverflowError(LlamactorError, ValueError):
@@ -82,6 +114,36 @@ class ContextOverflowError(LlamactorError, ValueError):
 
 class ChatTemplateError(LlamactorError, ValueError):
     """A chat template cannot be read, failed, or refuses these messages."""
+
+
+class SchemaValidationError(LlamactorError, ValueError):
+    """A text is no JSON, or what it says does not fit the schema or type that was asked for."""
+
+    def __init__(
+        self, message: str, path: tuple[str | int, ...] = (), value: object = None
+    ) -> None:
+        """Say what is wrong, where and with what."""
+        super().__init__(message, path, value)
+        self.message = message
+        """What is wrong, without the place."""
+        self.path = path
+        """Where: keys and indices from the root; () is the root itself."""
+        self.value = value
+        """What is there; the text itself where that is no JSON."""
+
+    def __str__(self) -> str:
+        """Return place and message."""
+        return f"{show_path(self.path)}: {self.message}" if self.path else self.message
+
+
+def show_path(path: tuple[str | int, ...]) -> str:
+    """Return a place in a document as ``$.items[3].name``."""
+    parts = (f".{key}" if isinstance(key, str) else f"[{key}]" for key in path)
+    return "$" + "".join(parts)
+
+
+class GrammarError(LlamactorError, ValueError):
+    """A grammar or a schema is malformed or too large, or no answer can keep to it."""
 
 
 class DecodeError(LlamactorError):

@@ -77,7 +77,17 @@ class ChatUsage(msgspec.Struct, frozen=True):
 class ChatState:
     """What changes in a chat; its turns share it."""
 
-    __slots__ = ("_history", "cells", "engines", "key", "line", "revision", "turns", "usage")
+    __slots__ = (
+        "_history",
+        "cells",
+        "engines",
+        "home",
+        "key",
+        "line",
+        "revision",
+        "turns",
+        "usage",
+    )
 
     def __init__(self, history: History, key: int) -> None:
         """Begin with a history; `key` is the chat's in the core, 0 for none."""
@@ -87,6 +97,8 @@ class ChatState:
         self.key = key
         self.cells: list[int] = []
         """The tokens that were last evaluated for it, prompt and answer."""
+        self.home: Home | None = None
+        """Where its last turn ran."""
         self.line = Line()
         self.turns: set[Turn] = set()
         self.engines: weakref.WeakSet[CompletionEngine] = weakref.WeakSet()
@@ -105,6 +117,13 @@ class ChatState:
         self.revision += 1
         for engine in list(self.engines):
             engine.invalidate()
+
+    def move_to(self, home: Home) -> None:
+        """Run there from now on; another context holds nothing of it, and may have other tokens."""
+        before, self.home = self.home, home
+        if before is not None and before.context is not home.context:
+            self.cells = []
+            self.history = self.history.without_tokens()
 
 
 class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -184,7 +203,7 @@ class Turn:
         loop = asyncio.get_running_loop()
         options, state = self._request.options, self._state
         prediction, self._deferred = defer_prediction(
-            self._home.context, owner, options.max_pending, self._settled
+            self._home.context, owner, options.max_pending, self._settled, options.schema
         )
         if options.deadline is not None:
             self._deadline = loop.time() + options.deadline
@@ -214,6 +233,7 @@ class Turn:
         try:
             async with asyncio.timeout_at(self._deadline) as limit:
                 await self._place.reached()
+                self._state.move_to(self._home)
                 await self._begin()
         except TimeoutError as error:
             self._deferred.fail(_too_late(self._request.options) if limit.expired() else error)
