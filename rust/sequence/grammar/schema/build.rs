@@ -1,4 +1,5 @@
-//! From subschemas to the normal form: alternatives are multiplied out, everything that applies to one value is joined.
+//! From subschemas to the normal form: alternatives are multiplied out, everything that applies to one value is
+//! joined.
 
 use llguidance::derivre::RegexAst;
 use rustc_hash::{FxHashMap, FxHashSet};

@@ -1,8 +1,8 @@
 //! Reads a document byte by byte and knows at any time how it can end.
 //!
-//! The document may be several things at once (`anyOf`): each is a *head*, a state and what is around it. Brackets tell how deep one is,
-//! so all heads are equally deep, and those in the same state are one: their surroundings are joined. There are never more heads than
-//! states of the schema's places, however deep and ambiguous it is.
+//! The document may be several things at once (`anyOf`): each is a *head*, a state and what is around it. Brackets
+//! tell how deep one is, so all heads are equally deep, and those in the same state are one: their surroundings are
+//! joined. There are never more heads than states of the schema's places, however deep and ambiguous it is.
 
 use std::sync::Arc;
 
