@@ -273,18 +273,14 @@ impl<'a> Step<'a> {
     fn array(&mut self, array: u32, items: u32, spot: Spot, head: &Head) {
         let at = |spot| State::Array { array, items, spot };
         let rules = &self.program.arrays[array as usize];
+        let may_end = items >= rules.size.min;
         match (spot, self.byte) {
-            (Spot::Open(_) | Spot::After(_), b']') => {
-                if items >= rules.size.min {
-                    self.finish(&head.around);
-                }
-            }
+            (Spot::Open(_) | Spot::After(_), b']') if may_end => self.finish(&head.around),
             (Spot::After(0), b',') if rules.takes_more(items) => self.add(at(Spot::Comma(0)), &head.around),
-            (Spot::After(state), byte) => {
-                if items >= rules.size.min {
-                    self.space(state, byte, &|state| at(Spot::After(state)), head);
-                }
+            (Spot::After(state), byte) if may_end => {
+                self.space(state, byte, &|state| at(Spot::After(state)), head);
             }
+            (Spot::After(_), _) => {}
             (Spot::Open(state), byte) if space(state, byte).is_some() => {
                 self.space(state, byte, &|state| at(Spot::Open(state)), head);
             }
@@ -321,19 +317,14 @@ impl<'a> Step<'a> {
     fn object(&mut self, members: &Members, head: &Head) {
         let object = &self.program.objects[members.object as usize];
         let at = |spot| State::Object(Members { spot, ..members.clone() });
+        let may_end = object.may_end(members.next, members.count);
         match (members.spot, self.byte) {
-            (Place::Open(_) | Place::After(_), b'}') => {
-                if object.may_end(members.next, members.count) {
-                    self.finish(&head.around);
-                }
-            }
+            (Place::Open(_) | Place::After(_), b'}') if may_end => self.finish(&head.around),
             (Place::After(0), b',') if object.takes_more(members.next, members.count) => {
                 self.add(at(Place::Comma(0)), &head.around);
             }
-            (Place::After(state), byte) => {
-                if object.may_end(members.next, members.count) {
-                    self.space(state, byte, &|state| at(Place::After(state)), head);
-                }
+            (Place::After(state), byte) if may_end => {
+                self.space(state, byte, &|state| at(Place::After(state)), head);
             }
             (Place::Open(_) | Place::Comma(_), b'"') => self.key(object, members, head),
             (Place::Open(state), byte) => self.space(state, byte, &|state| at(Place::Open(state)), head),
