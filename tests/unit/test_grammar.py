@@ -14,10 +14,11 @@ import llamactor
 from llamactor import Grammar, GrammarError
 from llamactor.prediction import start_prediction
 from tests.conftest import PATIENCE, Gate
-from tests.models import EOS, IM_END, bpe_vocabulary, byte_tokens
+from tests.models import EOS, IM_END, bpe_vocabulary, byte_tokens, tiny_llama, tiny_spm
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
+    from pathlib import Path
 
     from llamactor import Model, Prediction, PredictionResult
 
@@ -160,6 +161,23 @@ async def test_a_schema_is_kept_to_on_a_chat_model(tinychat: Model) -> None:
 async def test_whatever_samplers_would_draw(tiny_model: Model, options: dict[str, Any]) -> None:
     result = await soon(tiny_model.complete("@", regex="[0-9]{8}", seed=1, **options))
     assert re.fullmatch("[0-9]{8}", result.content)
+
+
+@pytest.mark.parametrize("speaks", ["text", "bytes", "anything"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_spm])
+async def test_whatever_the_vocabulary(tmp_path: Path, make: Any, speaks: str) -> None:
+    """Byte-pair and SentencePiece; tokens that are parts of characters, and control tokens."""
+    path = make(tmp_path / "model.gguf", speaks=speaks)
+    async with llamactor.load_model(path, context_size=512, threads=1) as model:
+        for seed in range(4):
+            options: dict[str, Any] = {"temperature": 1.0, "seed": seed, "max_tokens": 60}
+            text = await soon(model.complete("@", schema={"type": "string"}, **options))
+            assert isinstance(json.loads(text.content), str)
+            letters = await soon(model.complete("@", regex="[а-я日本語]{3,9}", **options))
+            assert re.fullmatch("[а-я日本語]{3,9}", letters.content)
+            spelt = Grammar.gbnf('root ::= [а-я日本語] [^a-z] "é" "!"')
+            rest = await soon(model.complete("@", grammar=spelt, **options))
+            assert spelt.accepts(rest.content)
 
 
 async def test_biases_count_among_what_is_allowed(tiny_model: Model) -> None:
