@@ -161,10 +161,6 @@ pub fn start(model: &Arc<Model>, params: ContextParams, parking: Budget) -> Resu
     reported.recv().map_err(|_| Error::WorkerCrashed("the decoder died while making its context".into()))?
 }
 
-fn with_outputs(params: ContextParams) -> ContextParams {
-    ContextParams { n_outputs_max: params.n_seq_max.max(MIN_OUTPUTS), ..params }
-}
-
 /// What a context would take with its model, of which only an outline is there.
 ///
 /// # Errors

@@ -58,7 +58,7 @@ PYTHON_MODULES = {
     },
     "cli": {
         *("_bare", "chat", "errors", "loading", "options"),
-        *("prediction", "presets", "store", "system"),
+        *("prediction", "presets", "runtime", "store", "system"),
     },
 }
 
