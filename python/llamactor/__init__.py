@@ -37,6 +37,7 @@ from llamactor.errors import (
     DeadlineExceededError,
     DecodeError,
     DownloadError,
+    GrammarError,
     InsufficientMemoryError,
     LlamactorError,
     LoadCancelledError,
@@ -45,11 +46,13 @@ from llamactor.errors import (
     ModelNotLoadedError,
     PresetNotFoundError,
     QueueFullError,
+    SchemaValidationError,
     StateMismatchError,
     StoreError,
     UnsupportedError,
     WorkerCrashedError,
 )
+from llamactor.grammar import Grammar
 from llamactor.loading import Loading, LoadProgress, load_model
 from llamactor.model import Model, ModelInfo, SpecialTokens
 from llamactor.options import (
@@ -91,6 +94,14 @@ from llamactor.runtime import (
     RuntimeStatus,
     StatusIterator,
 )
+from llamactor.schema import (
+    FunctionSchema,
+    Schema,
+    describe_schema,
+    repair,
+    schema_of,
+    schema_of_function,
+)
 from llamactor.sequence import ContextSequence, Sequence, SequenceUsage
 from llamactor.store import (
     DownloadProgress,
@@ -129,7 +140,10 @@ __all__ = (
     "DynamicTemperature",
     "Event",
     "Finished",
+    "FunctionSchema",
     "GenerationOptions",
+    "Grammar",
+    "GrammarError",
     "InsufficientMemoryError",
     "LlamactorError",
     "LoadCancelledError",
@@ -163,6 +177,8 @@ __all__ = (
     "RepeatPenalty",
     "Runtime",
     "RuntimeStatus",
+    "Schema",
+    "SchemaValidationError",
     "Segment",
     "SegmentEnd",
     "SegmentStart",
@@ -188,10 +204,14 @@ __all__ = (
     "Verification",
     "WorkerCrashedError",
     "Xtc",
+    "describe_schema",
     "devices",
     "dump_history",
     "load_history",
     "load_model",
+    "repair",
+    "schema_of",
+    "schema_of_function",
     "set_log_level",
     "system_info",
     "to_messages",

@@ -14,6 +14,8 @@ The tree, with the built-in class each one also derives from in parentheses::
     ├── InsufficientMemoryError (MemoryError)
     ├── ContextOverflowError (ValueError)
     ├── ChatTemplateError (ValueError)  the chat template failed, or refuses the messages
+    ├── SchemaValidationError (ValueError)   a text or value does not fit its schema
+    ├── GrammarError (ValueError)       a grammar or schema is malformed, or cannot be kept to
     ├── DecodeError                     the evaluation itself failed
     ├── StateMismatchError (ValueError) a saved state of another model or layout
     ├── ClosedError                     the object, or what it lives in, was closed
@@ -43,6 +45,7 @@ __all__ = (
     "DeadlineExceededError",
     "DecodeError",
     "DownloadError",
+    "GrammarError",
     "InsufficientMemoryError",
     "LlamactorError",
     "LoadCancelledError",
@@ -51,6 +54,7 @@ __all__ = (
     "ModelNotLoadedError",
     "PresetNotFoundError",
     "QueueFullError",
+    "SchemaValidationError",
     "StateMismatchError",
     "StoreError",
     "UnsupportedError",
@@ -110,6 +114,36 @@ class ContextOverflowError(LlamactorError, ValueError):
 
 class ChatTemplateError(LlamactorError, ValueError):
     """A chat template cannot be read, failed, or refuses these messages."""
+
+
+class SchemaValidationError(LlamactorError, ValueError):
+    """A text is no JSON, or what it says does not fit the schema or type that was asked for."""
+
+    def __init__(
+        self, message: str, path: tuple[str | int, ...] = (), value: object = None
+    ) -> None:
+        """Say what is wrong, where and with what."""
+        super().__init__(message, path, value)
+        self.message = message
+        """What is wrong, without the place."""
+        self.path = path
+        """Where: keys and indices from the root; () is the root itself."""
+        self.value = value
+        """What is there; the text itself where that is no JSON."""
+
+    def __str__(self) -> str:
+        """Return place and message."""
+        return f"{show_path(self.path)}: {self.message}" if self.path else self.message
+
+
+def show_path(path: tuple[str | int, ...]) -> str:
+    """Return a place in a document as ``$.items[3].name``."""
+    parts = (f".{key}" if isinstance(key, str) else f"[{key}]" for key in path)
+    return "$" + "".join(parts)
+
+
+class GrammarError(LlamactorError, ValueError):
+    """A grammar or a schema is malformed or too large, or no answer can keep to it."""
 
 
 class DecodeError(LlamactorError):

@@ -23,8 +23,9 @@ import msgspec
 
 from llamactor._hub import LoopHub, call_on_loop, check_loop, finalisers_rest, hub_for, running_loop
 from llamactor._work import work_of
-from llamactor.errors import ClosedError, LlamactorError
+from llamactor.errors import ClosedError, LlamactorError, SchemaValidationError
 from llamactor.options import generation_options, native_options, native_prompt
+from llamactor.schema import schema_of
 
 if TYPE_CHECKING:
     import asyncio
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from llamactor import _core
     from llamactor.options import ReasoningMarks
+    from llamactor.schema import PartialReader, Schema
 
 T = TypeVar("T")
 
@@ -47,6 +49,9 @@ SegmentKind: TypeAlias = Literal["reasoning"]
 
 READS_PER_TURN = 64
 """Pieces one iterator takes without suspending before it lets the loop run."""
+
+CHARACTERS_PER_VALUE = 4096
+"""Characters that one partial value takes in at most; reading them takes a few milliseconds."""
 
 
 class PredictionStats(msgspec.Struct, frozen=True):
@@ -150,6 +155,17 @@ class PredictionResult(msgspec.Struct, frozen=True):
     """The stretches of reasoning, in order."""
     content_start: int = 0
     """Index of the token in which content begins; the number of tokens if reasoning is all."""
+    parsed: Any = None
+    """The value that the content says, of the type that `schema` asked for.
+
+    None without a schema, of a cancelled prediction, and where the answer was cut off before it was
+    whole, as by a stop text.
+    """
+    completed: bool = True
+    """False where a grammar, schema or regular expression had not come to its end by itself.
+
+    A limit has closed the content then, or cut it; or a stop or a cancel has.
+    """
 
     def __str__(self) -> str:
         """Return the content."""
@@ -211,6 +227,10 @@ Event: TypeAlias = (
 )
 
 
+_ANSWERS_NOTHING = frozenset({"cancelled", "tool_calls"})
+"""Reasons to end without a whole answer, whatever the text."""
+
+
 class _State:
     """What the loop's hub knows of a prediction; never holds the public handle."""
 
@@ -227,6 +247,7 @@ class _State:
         "readers",
         "result",
         "retrieved",
+        "schema",
         "waiters",
     )
 
@@ -236,6 +257,7 @@ class _State:
         hub: LoopHub,
         loop: asyncio.AbstractEventLoop,
         owner: object,
+        schema: Schema[Any] | None,
     ) -> None:
         self.native = native
         self.hub = hub
@@ -243,6 +265,7 @@ class _State:
         # Whatever the sequence lives in must not be collected, and so closed, under a running
         # prediction.
         self.owner = owner
+        self.schema = schema
         self.ident = native.id
         work = work_of(owner)
         self.lease = None if work is None else work.begin()
@@ -293,13 +316,28 @@ class _State:
         if self.result is None:
             outcome: dict[str, Any] = self.native.outcome()
             self.error = outcome.pop("error") or self.failure
-            self.result = _result(outcome, self.error)
+            parsed = None if self.error is not None else self._parsed(outcome)
+            self.result = _result(outcome, self.error, parsed)
             self.owner = None
             self.end_lease()
             if self.error is not None:
                 _attach_partial(self.error, self.result)
             self._tell_settled(self.result)
         return self.result
+
+    def _parsed(self, outcome: dict[str, Any]) -> Any:
+        """Return the value of the content, if it has to be one; note why it is none."""
+        reason = outcome["stop_reason"]
+        if self.schema is None or reason in _ANSWERS_NOTHING:
+            return None
+        try:
+            return self.schema.read(outcome["content"])
+        except SchemaValidationError as error:
+            if reason == "eos":
+                self.error = error
+        except Exception as error:  # code of the user's type
+            self.error = error
+        return None
 
     def _tell_settled(self, result: PredictionResult) -> None:
         on_settled, self.on_settled = self.on_settled, None
@@ -386,6 +424,26 @@ class Prediction:
         """Iterate over typed events, ending with `Finished`; cancelling is as with the text."""
         check_loop(self._state.loop, "iterating a prediction")
         return _EventIterator(self, self._state)
+
+    def partial_values(self) -> PredictionIterator[Any]:
+        """Iterate over the value that the answer says so far, each time it has changed.
+
+        JSON Schemas give plain data. Types give values of a partial class as long as an object is
+        open: the same attributes, each of which is `msgspec.UNSET` until it has come. Texts are
+        shown as they grow; numbers, words, and texts that stand for something else (an enum, a
+        date) when they are whole. The last value is the result's `parsed`. Values share what they
+        have in common, so do not change them.
+
+        Like iterating the text, it begins with the first piece, and cancelling an `anext` loses
+        nothing while the iterator lives.
+
+        Raises:
+            ValueError: the prediction has no `schema`.
+        """
+        check_loop(self._state.loop, "iterating a prediction")
+        if self._state.schema is None:
+            raise ValueError("this prediction has no values: it was made without schema=")
+        return _ValueIterator(self, self._state, self._state.schema)
 
     async def __aenter__(self) -> Prediction:
         """Hold it while the block is open, whatever happens to iterators. Never suspends."""
@@ -568,6 +626,54 @@ class _EventIterator(PredictionIterator[Event]):
         return Finished(result)
 
 
+class _Values:
+    """The text of one reader as values; apart from its iterator, which nothing may hold."""
+
+    __slots__ = ("_read", "_reader", "_unread", "last")
+
+    def __init__(self, read: Callable[[int], str | None], reader: PartialReader) -> None:
+        self._read = read
+        self._reader = reader
+        self._unread = ""
+        self.last: Any = msgspec.UNSET
+        """The value that was taken last."""
+
+    @property
+    def is_null(self) -> bool:
+        """Whether the whole document says null, which is no value to grow."""
+        return self._reader.value is None
+
+    def take(self, reader: int) -> Any:
+        """Read until the value changes; None if nothing more has come."""
+        while True:
+            self._unread = self._unread or self._read(reader) or ""
+            if not self._unread:
+                return None
+            text = self._unread[:CHARACTERS_PER_VALUE]
+            self._unread = self._unread[CHARACTERS_PER_VALUE:]
+            value = self._reader.value if self._reader.feed(text) else None
+            if value is not None and value is not msgspec.UNSET:
+                self.last = value
+                return value
+
+
+class _ValueIterator(PredictionIterator[Any]):
+    __slots__ = ("_values",)
+
+    def __init__(self, prediction: Prediction, state: _State, schema: Schema[Any]) -> None:
+        super().__init__(prediction, state, events=False)
+        self._values = _Values(state.native.read, schema.reader())
+        self._take = self._values.take
+
+    def _end(self) -> Any:
+        self._close()
+        parsed, values = self._state.deliver().parsed, self._values
+        if (parsed is None and not values.is_null) or parsed == values.last:
+            raise StopAsyncIteration
+        values.last = parsed
+        return parsed
+
+
 def start_prediction(
     start: Callable[[_core.Hub, str | list[int], dict[str, object]], _core.Prediction],
     model: _core.Model,
@@ -578,10 +684,12 @@ def start_prediction(
 ) -> Prediction:
     """Check the arguments, start a native prediction on the running loop and return its handle."""
     loop = running_loop("a prediction")
-    options = native_options(generation_options(keywords), model, reasoning)
+    wanted = generation_options(keywords)
+    options = native_options(wanted, model, reasoning)
     checked = native_prompt(prompt, model)
     hub = hub_for(loop)
-    return Prediction(_State(start(hub.native, checked, options), hub, loop, owner))
+    schema = None if wanted.schema is None else schema_of(wanted.schema)
+    return Prediction(_State(start(hub.native, checked, options), hub, loop, owner, schema))
 
 
 class Deferred:
@@ -640,7 +748,11 @@ class Deferred:
 
 
 def defer_prediction(
-    context: _core.Context, owner: object, max_pending: int | None, on_settled: OnSettled
+    context: _core.Context,
+    owner: object,
+    max_pending: int | None,
+    on_settled: OnSettled,
+    schema: Any = None,
 ) -> tuple[Prediction, Deferred]:
     """Return a prediction that begins later, and what begins it.
 
@@ -650,10 +762,12 @@ def defer_prediction(
         max_pending: Tokens that all its readers may lag before it pauses.
         on_settled: Called once with the result and the failure, on the loop and before anybody
             who waits for the prediction goes on.
+        schema: What the answer is to be, as `schema_of` takes it.
     """
     loop = running_loop("a prediction")
     hub = hub_for(loop)
-    state = _State(context.defer(hub.native, max_pending), hub, loop, owner)
+    wanted = None if schema is None else schema_of(schema)
+    state = _State(context.defer(hub.native, max_pending), hub, loop, owner, wanted)
     state.on_settled = on_settled
     return Prediction(state), Deferred(context, state)
 
@@ -667,7 +781,7 @@ def _stats(values: dict[str, object]) -> PredictionStats:
     return msgspec.convert(values, PredictionStats)
 
 
-def _result(outcome: dict[str, Any], error: BaseException | None) -> PredictionResult:
+def _result(outcome: dict[str, Any], error: BaseException | None, parsed: Any) -> PredictionResult:
     logprobs, shift = outcome["logprobs"], outcome["context_shift"]
     return PredictionResult(
         content=outcome["content"],
@@ -681,6 +795,8 @@ def _result(outcome: dict[str, Any], error: BaseException | None) -> PredictionR
         reasoning=outcome["reasoning"],
         segments=tuple(Segment("reasoning", *segment) for segment in outcome["segments"]),
         content_start=outcome["content_start"],
+        parsed=parsed,
+        completed=outcome["completed"],
     )
 
 

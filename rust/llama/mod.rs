@@ -8,6 +8,8 @@ mod common;
 mod context;
 mod footprint;
 pub mod gguf;
+#[cfg(test)]
+pub mod grammar;
 mod log;
 mod model;
 mod pretokenizer;

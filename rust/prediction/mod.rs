@@ -223,7 +223,7 @@ impl Prediction {
         let cancelled = self.why.load(Ordering::SeqCst) == CANCELLED;
         match outcome.error {
             Some(Error::Closed(_)) if cancelled => {
-                Outcome { stop_reason: StopReason::Cancelled, stop_string: None, error: None }
+                Outcome { stop_reason: StopReason::Cancelled, stop_string: None, error: None, completed: true }
             }
             _ => outcome,
         }

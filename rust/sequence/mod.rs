@@ -3,6 +3,7 @@
 mod actor;
 mod bare;
 mod generation;
+pub mod grammar;
 mod lease;
 pub mod logits;
 pub mod note;
@@ -56,6 +57,8 @@ pub struct Request {
     pub text: TextOptions,
     /// How reasoning is told from content; `None` takes all for content.
     pub reasoning: Option<Reasoning>,
+    /// What the content may be; `None` allows everything.
+    pub constraint: Option<grammar::Spec>,
     /// Tokens at most; `None` has no limit.
     pub max_tokens: Option<usize>,
     /// Text that the answer begins with.
@@ -92,6 +95,8 @@ pub struct Outcome {
     pub stop_string: Option<String>,
     /// What it failed with.
     pub error: Option<Error>,
+    /// False where a constraint had not come to its end by itself.
+    pub completed: bool,
 }
 
 /// Where a generation's output goes.

@@ -33,9 +33,11 @@ PYTHON_MODULES = {
     "_home": set[str](),
     "_opening": set[str](),
     "_work": set[str](),
-    "options": {"_checks"},
+    "schema": {"_checks", "_core", "errors"},
+    "grammar": {"_checks", "_core", "errors", "schema"},
+    "options": {"_checks", "grammar", "schema"},
     "_hub": {"_core", "errors"},
-    "prediction": {"_hub", "_work", "errors", "options"},
+    "prediction": {"_hub", "_work", "errors", "options", "schema"},
     "sequence": {"_checks", "_hub", "errors", "options", "prediction"},
     "context": {"_checks", "_home", "_hub", "_opening", "sequence"},
     "chat": {
