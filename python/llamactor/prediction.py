@@ -484,6 +484,8 @@ class Prediction:
             state.hub.forget(state.ident)
         if closed:
             state.end_lease()
+        if state.on_settled is None:
+            state.owner = None
         if done:
             return
         forgotten = not state.native.touched()
