@@ -59,7 +59,7 @@ PYTHON_MODULES = {
         *("options", "prediction", "presets", "store", "system"),
     },
     "cli": {
-        *("_bare", "chat", "errors", "loading", "options"),
+        *("_bare", "chat", "errors", "grammar", "loading", "options"),
         *("prediction", "presets", "runtime", "store", "system"),
     },
 }
