@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+import weakref
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
@@ -23,6 +24,7 @@ import msgspec
 
 from llamactor._hub import LoopHub, call_on_loop, check_loop, finalisers_rest, hub_for, running_loop
 from llamactor._work import work_of
+from llamactor.calls import ToolCall
 from llamactor.errors import ClosedError, LlamactorError, SchemaValidationError
 from llamactor.options import generation_options, native_options, native_prompt
 from llamactor.schema import schema_of
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from llamactor import _core
+    from llamactor.chat.messages import Message
     from llamactor.options import ReasoningMarks
     from llamactor.schema import PartialReader, Schema
 
@@ -155,6 +158,19 @@ class PredictionResult(msgspec.Struct, frozen=True):
     """The stretches of reasoning, in order."""
     content_start: int = 0
     """Index of the token in which content begins; the number of tokens if reasoning is all."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The calls that the model made, of all rounds and in order."""
+    rounds: int = 1
+    """How often the model was asked: once, and once more for the results of each round of calls."""
+    messages: tuple[Message, ...] = ()
+    """What a chat has gained: answers with their calls, results, the last answer. Put behind the
+    messages that were asked, they are how the chat goes on."""
+
+    @property
+    def pending_calls(self) -> tuple[ToolCall, ...]:
+        """The calls that nobody has answered, because their tools have no handler."""
+        answered = {getattr(message, "tool_call_id", None) for message in self.messages}
+        return tuple(call for call in self.tool_calls if call.id not in answered)
     parsed: Any = None
     """The value that the content says, of the type that `schema` asked for.
 
@@ -208,6 +224,58 @@ class SegmentEnd(msgspec.Struct, frozen=True, tag=True):
     """What it was."""
 
 
+class ToolCallStart(msgspec.Struct, frozen=True, tag=True):
+    """The model begins to call a tool."""
+
+    index: int
+    """Which call of its round, counted from 0."""
+    id: str
+    """What its result will answer to."""
+    name: str
+    """Name of the tool."""
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, tag=True):
+    """New text of a call's arguments; the deltas of a call join to a JSON object."""
+
+    index: int
+    """Which call of its round."""
+    arguments: str
+    """The text."""
+
+
+class ToolCallEnd(msgspec.Struct, frozen=True, tag=True):
+    """A call is complete; a handler starts now, while the model may go on."""
+
+    call: ToolCall
+    """The call."""
+
+
+class ToolResult(msgspec.Struct, frozen=True, tag=True):
+    """A call was answered."""
+
+    call: ToolCall
+    """The call as the model made it."""
+    content: str
+    """What the model is told."""
+    error: LlamactorError | None = None
+    """`ToolCallError` if the call was wrong or denied, `ToolExecutionError` if its handler failed."""
+
+
+class RoundStart(msgspec.Struct, frozen=True, tag=True):
+    """The model is asked: at first, and once the calls of a round are answered."""
+
+    index: int
+    """Which round, counted from 0."""
+
+
+class RoundEnd(msgspec.Struct, frozen=True, tag=True):
+    """The model has stopped; results of its calls follow."""
+
+    index: int
+    """Which round."""
+
+
 class ContextShifted(msgspec.Struct, frozen=True, tag=True):
     """Tokens were dropped from the context to make room."""
 
@@ -223,7 +291,18 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 
 
 Event: TypeAlias = (
-    PromptProgress | TextDelta | SegmentStart | SegmentEnd | ContextShifted | Finished
+    PromptProgress
+    | TextDelta
+    | SegmentStart
+    | SegmentEnd
+    | ToolCallStart
+    | ToolCallDelta
+    | ToolCallEnd
+    | ToolResult
+    | RoundStart
+    | RoundEnd
+    | ContextShifted
+    | Finished
 )
 
 
@@ -242,6 +321,9 @@ class _State:
         "lease",
         "loop",
         "native",
+        "notes",
+        "on_result",
+        "on_round",
         "on_settled",
         "owner",
         "readers",
@@ -277,12 +359,20 @@ class _State:
         self.failure: BaseException | None = None
         """What it failed with before it began."""
         self.on_settled: OnSettled | None = None
+        self.on_result: Callable[[PredictionResult], PredictionResult] | None = None
+        """Adds what only its driver knows of the result."""
+        self.on_round: Callable[[], object] | None = None
+        """Tells its driver of news."""
+        self.notes: list[Event] = []
+        """Events that its driver has put in."""
         hub.listen(self.ident, self.on_news)
 
     def on_news(self) -> None:
         """Wake the readers, and at the end everybody, after whoever keeps the outcome."""
         if self.on_settled is not None and self.native.done:
             self.settle()
+        if self.on_round is not None:
+            self.on_round()
         for reader in self.readers:
             _wake(reader)
         if self.native.done:
@@ -317,8 +407,9 @@ class _State:
             outcome: dict[str, Any] = self.native.outcome()
             self.error = outcome.pop("error") or self.failure
             parsed = None if self.error is not None else self._parsed(outcome)
-            self.result = _result(outcome, self.error, parsed)
-            self.owner = None
+            result = result_of(outcome, self.error, parsed)
+            self.result = result if self.on_result is None else self.on_result(result)
+            self.owner = self.on_result = None
             self.end_lease()
             if self.error is not None:
                 _attach_partial(self.error, self.result)
@@ -477,15 +568,13 @@ class Prediction:
         done = state.native.done
         if done:
             _report_unretrieved(state)
-        # A chat, and whoever counts the work, want to hear of the end. A closed loop hears nothing:
-        # its hub must not keep it.
+        # A chat wants to hear of the end. A closed loop hears nothing: its hub must not keep it.
         closed = state.loop.is_closed()
-        if closed or (state.on_settled is None and state.lease is None):
-            state.hub.forget(state.ident)
-        if closed:
+        if closed or done:
             state.end_lease()
-        if state.on_settled is None:
-            state.owner = None
+        if closed or state.on_settled is None:
+            state.hub.forget(state.ident)
+            _end_lease_later(state)
         if done:
             return
         forgotten = not state.native.touched()
@@ -616,8 +705,9 @@ class _EventIterator(PredictionIterator[Event]):
     def __init__(self, prediction: Prediction, state: _State) -> None:
         super().__init__(prediction, state, events=True)
         self._finished = False
-        read = state.native.read_event
-        self._take = lambda reader: _event(read(reader))
+        read, notes = state.native.read_event, state.notes
+        calls: dict[int, tuple[str, str]] = {}
+        self._take = lambda reader: _event(read(reader), notes, calls)
 
     def _end(self) -> Event:
         self._close()
@@ -720,8 +810,9 @@ class Deferred:
         chat: int = 0,
         keep: int = 0,
         dropped: tuple[list[int], list[tuple[int, int]]] | None = None,
+        more: bool = False,
     ) -> bool:
-        """Begin with `prompt`; return False if it has ended already.
+        """Begin with `prompt`, or begin the next round; return False if it has ended already.
 
         Args:
             prompt: Token ids.
@@ -730,16 +821,45 @@ class Deferred:
             keep: Tokens at the front that stay when the context is full.
             dropped: The tokens that the chat's window had before, and the ranges of them that have
                 gone since: what follows is moved where the memory can, instead of evaluated again.
+            more: Whether another round may follow: its end is not that of the prediction then,
+                unless it fails or is cancelled.
         """
-        turn: dict[str, object] = {"chat": chat, "keep": keep, "dropped": dropped}
+        turn: dict[str, object] = {"chat": chat, "keep": keep, "dropped": dropped, "more": more}
         return self._context.begin(self._state.native, prompt, options, turn)
 
     def note_shift(self, kept: int, dropped: int) -> None:
         """Say that the prompt has lost `dropped` tokens after the first `kept`."""
         self._state.native.shifted(kept, dropped)
 
+    @property
+    def rounds(self) -> int:
+        """How many rounds have ended."""
+        return self._state.native.rounds
+
+    def last_round(self) -> PredictionResult | None:
+        """Return what the round that has ended last has produced; None before the first end."""
+        outcome: dict[str, Any] | None = self._state.native.round()
+        return None if outcome is None else result_of(outcome, outcome.pop("error"))
+
+    def tell(self, event: Event) -> None:
+        """Put an event in, behind what is there; nothing once it has ended."""
+        self._state.notes.append(event)
+        self._state.native.note(len(self._state.notes) - 1)
+
+    def on_round(self, callback: Callable[[], object]) -> None:
+        """Call `callback` on the loop whenever there is news."""
+        self._state.on_round = callback
+
+    def on_result(self, complete: Callable[[PredictionResult], PredictionResult]) -> None:
+        """Let `complete` add to the result what is not known here; on whatever thread."""
+        self._state.on_result = complete
+
+    def conclude(self, stop_reason: StopReason | None = None) -> None:
+        """End it between two rounds, as the last one has ended or for this reason."""
+        self._state.native.conclude(stop_reason)
+
     def fail(self, error: BaseException) -> None:
-        """End it with `error` if it has neither begun nor ended."""
+        """End it with `error` if it has not ended; what runs must be cancelled besides."""
         if not self._state.native.done:
             self._state.failure = error
             self._state.native.abandon()
@@ -774,6 +894,24 @@ def defer_prediction(
     return Prediction(state), Deferred(context, state)
 
 
+def _end_lease_later(state: _State) -> None:
+    """Let the model go once a prediction that nobody can reach has ended; on whatever thread."""
+    native, lease, hub = state.native, state.lease, weakref.ref(state.hub)
+    if lease is None:
+        return
+
+    def on_news() -> None:
+        # Holds neither the state nor the loop, which would keep each other.
+        if native.done:
+            tokens: Any = native.stats()["predicted_tokens"]
+            lease.settle(tokens)
+            if (listening := hub()) is not None:
+                listening.forget(native.id)
+
+    state.hub.listen(state.ident, on_news)
+    on_news()
+
+
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
@@ -783,7 +921,13 @@ def _stats(values: dict[str, object]) -> PredictionStats:
     return msgspec.convert(values, PredictionStats)
 
 
-def _result(outcome: dict[str, Any], error: BaseException | None, parsed: Any) -> PredictionResult:
+def result_of(
+    outcome: dict[str, Any], error: BaseException | None, parsed: Any = None
+) -> PredictionResult:
+    """Return the result that the core's account of a prediction, or of a round, stands for.
+
+    `parsed` is the value that its content says.
+    """
     logprobs, shift = outcome["logprobs"], outcome["context_shift"]
     return PredictionResult(
         content=outcome["content"],
@@ -797,6 +941,7 @@ def _result(outcome: dict[str, Any], error: BaseException | None, parsed: Any) -
         reasoning=outcome["reasoning"],
         segments=tuple(Segment("reasoning", *segment) for segment in outcome["segments"]),
         content_start=outcome["content_start"],
+        tool_calls=tuple(ToolCall(*call) for call in outcome["tool_calls"]),
         parsed=parsed,
         completed=outcome["completed"],
     )
@@ -808,10 +953,15 @@ def _logprob(
     return TokenLogprob(token, text, logprob, tuple(TokenLogprob(*entry) for entry in top))
 
 
-def _event(native: tuple[Any, ...] | None) -> Event | None:
+def _event(
+    native: tuple[Any, ...] | None, notes: Sequence[Event], calls: dict[int, tuple[str, str]]
+) -> Event | None:
+    """Return the event; `calls` has id and name of the round's calls so far."""
     match native:
         case None:
             return None
+        case ("note", int(index)):
+            return notes[index]
         case ("text", text, tokens):
             return TextDelta(text, tokens)
         case ("reasoning", text, tokens):
@@ -824,6 +974,19 @@ def _event(native: tuple[Any, ...] | None) -> Event | None:
             return PromptProgress(processed, cached, total)
         case ("shift", dropped):
             return ContextShifted(dropped)
+        case _:
+            return _call_event(native, calls)
+
+
+def _call_event(native: tuple[Any, ...], calls: dict[int, tuple[str, str]]) -> Event:
+    match native:
+        case ("call_start", index, ident, name):
+            calls[index] = (ident, name)
+            return ToolCallStart(index, ident, name)
+        case ("call_delta", index, arguments):
+            return ToolCallDelta(index, arguments)
+        case ("call_end", index, arguments):
+            return ToolCallEnd(ToolCall(*calls[index], arguments))
     raise AssertionError(f"unknown event {native!r}")
 
 

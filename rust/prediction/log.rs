@@ -8,7 +8,7 @@ use super::Finished;
 use super::stats::{Clock, Counts, Stats};
 use crate::context::parking::Source;
 use crate::llama::Token;
-use crate::sequence::{Drawn, Logprob, Mark, Outcome};
+use crate::sequence::{CallEvent, Drawn, Logprob, Mark, Outcome, StopReason};
 
 /// Names a reader of one prediction.
 pub type ReaderId = usize;
@@ -35,6 +35,10 @@ pub enum Event {
     SegmentEnd,
     /// Tokens were dropped because the context was full.
     Shift(usize),
+    /// A tool is called; calls are counted in their round.
+    Call(CallEvent),
+    /// Whoever drives the rounds has put in an event of its own, this one in its list.
+    Note(usize),
 }
 
 /// A stretch of reasoning.
@@ -52,6 +56,19 @@ pub struct Segment {
     pub closed: bool,
     /// Whether that was because the budget was used up.
     pub forced: bool,
+}
+
+/// A call of a tool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ToolCall {
+    /// The model's id for it, or a drawn one.
+    pub id: String,
+    /// The tool.
+    pub name: String,
+    /// Its arguments, as JSON.
+    pub arguments: String,
+    /// Whether it has come to its end.
+    whole: bool,
 }
 
 /// The same as it is kept.
@@ -73,6 +90,35 @@ struct Note {
     event: Event,
 }
 
+/// Whether something is being generated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Not begun, or between two rounds.
+    Waiting,
+    /// A round runs; with `more`, another may follow.
+    Running { more: bool },
+}
+
+/// How much there was when a round began.
+#[derive(Clone, Copy, Default)]
+struct Start {
+    text: usize,
+    reasoning: usize,
+    stretches: usize,
+    calls: usize,
+    tokens: usize,
+    logprobs: usize,
+}
+
+/// The round that has ended last.
+struct Round {
+    start: Start,
+    outcome: Arc<Outcome>,
+    content_start: Option<usize>,
+    stats: Stats,
+    shift: Option<(usize, usize)>,
+}
+
 struct Reader {
     events: bool,
     /// Bytes of content delivered.
@@ -83,6 +129,8 @@ struct Reader {
     inside: bool,
     /// Tokens delivered.
     tokens: usize,
+    /// Tokens of which everything else was delivered.
+    seen: usize,
     /// Notes delivered.
     notes: usize,
     waiting: bool,
@@ -93,7 +141,9 @@ pub struct Log {
     pub text: String,
     reasoning: String,
     stretches: Vec<Stretch>,
+    /// Of all rounds.
     content_start: Option<usize>,
+    calls: Vec<ToolCall>,
     tokens: Vec<Token>,
     logprobs: Vec<Logprob>,
     notes: Vec<Note>,
@@ -103,19 +153,34 @@ pub struct Log {
     n_blocks: usize,
     max_pending: usize,
     pub touched: bool,
-    pub clock: Clock,
-    pub counts: Counts,
+    phase: Phase,
+    created: Instant,
+    ended: Option<Instant>,
+    /// Of the round that runs.
+    start: Start,
+    clock: Clock,
+    counts: Counts,
+    round_content_start: Option<usize>,
+    /// Tokens kept by its last shift.
+    kept: usize,
+    /// Of all rounds: the last shift's kept tokens, and all that were dropped.
     shift: Option<(usize, usize)>,
+    /// What the rounds took that have ended.
+    past: Stats,
+    n_rounds: usize,
+    last: Option<Round>,
     pub outcome: Option<Arc<Outcome>>,
 }
 
 impl Log {
     pub fn new(max_pending: Option<usize>) -> Self {
+        let clock = Clock::default();
         Self {
             text: String::new(),
             reasoning: String::new(),
             stretches: Vec::new(),
             content_start: None,
+            calls: Vec::new(),
             tokens: Vec::new(),
             logprobs: Vec::new(),
             notes: Vec::new(),
@@ -125,11 +190,121 @@ impl Log {
             n_blocks: 0,
             max_pending: max_pending.unwrap_or(usize::MAX),
             touched: false,
-            clock: Clock::default(),
+            phase: Phase::Running { more: false },
+            created: clock.created,
+            ended: None,
+            start: Start::default(),
+            clock,
             counts: Counts::default(),
+            round_content_start: None,
+            kept: 0,
             shift: None,
+            past: Stats::default(),
+            n_rounds: 0,
+            last: None,
             outcome: None,
         }
+    }
+
+    /// A log of what has not begun.
+    pub fn deferred(max_pending: Option<usize>) -> Self {
+        Self { phase: Phase::Waiting, ..Self::new(max_pending) }
+    }
+
+    // ---- rounds ---------------------------------------------------------------------------------------------------
+
+    /// Whether it has not begun, or is between two rounds.
+    pub fn is_waiting(&self) -> bool {
+        self.phase == Phase::Waiting && self.outcome.is_none()
+    }
+
+    /// How many rounds have ended.
+    pub fn n_rounds(&self) -> usize {
+        self.n_rounds
+    }
+
+    /// Begins a round; false when one runs, or all is over.
+    pub fn begin(&mut self, more: bool) -> bool {
+        if !self.is_waiting() {
+            return false;
+        }
+        self.phase = Phase::Running { more };
+        if self.n_rounds > 0 {
+            self.clock = Clock::default();
+        }
+        true
+    }
+
+    /// Ends a round, and everything if no other may follow or it failed or was cancelled.
+    pub fn finish(&mut self, outcome: Outcome) {
+        let goes_on = self.phase == Phase::Running { more: true }
+            && outcome.error.is_none()
+            && outcome.stop_reason != StopReason::Cancelled;
+        let outcome = Arc::new(outcome);
+        self.end_round(&outcome);
+        if !goes_on {
+            self.ended = self.clock.ended;
+            self.outcome = Some(outcome);
+        }
+    }
+
+    fn end_round(&mut self, outcome: &Arc<Outcome>) {
+        if self.is_inside() {
+            self.close(self.tokens.len() - self.start.tokens, false, false);
+        }
+        self.clock.ended = Some(Instant::now());
+        let stats = Stats::at(Instant::now(), &self.clock, self.counts);
+        self.past = self.past.plus(&stats);
+        self.n_rounds += 1;
+        self.phase = Phase::Waiting;
+        let end = self.now();
+        self.last = Some(Round {
+            start: std::mem::replace(&mut self.start, end),
+            outcome: Arc::clone(outcome),
+            content_start: self.round_content_start.take(),
+            stats,
+            shift: (self.counts.shifted > 0).then_some((self.kept, self.counts.shifted)),
+        });
+        self.counts = Counts::default();
+    }
+
+    /// Ends what waits: nothing more will come.
+    pub fn end_waiting(&mut self, outcome: Outcome) {
+        self.ended = Some(Instant::now());
+        if self.n_rounds == 0 {
+            self.clock.ended = self.ended;
+        }
+        self.outcome = Some(Arc::new(outcome));
+    }
+
+    /// How the last round has ended; `None` before the first end.
+    pub fn last_outcome(&self) -> Option<&Arc<Outcome>> {
+        self.last.as_ref().map(|round| &round.outcome)
+    }
+
+    fn now(&self) -> Start {
+        Start {
+            text: self.text.len(),
+            reasoning: self.reasoning.len(),
+            stretches: self.stretches.len(),
+            calls: self.calls.len(),
+            tokens: self.tokens.len(),
+            logprobs: self.logprobs.len(),
+        }
+    }
+
+    /// What all of it took so far.
+    pub fn stats(&self) -> Stats {
+        let now = Instant::now();
+        if self.n_rounds == 0 {
+            return Stats::at(now, &self.clock, self.counts);
+        }
+        let running = match self.phase {
+            Phase::Running { .. } => Stats::at(now, &self.clock, self.counts),
+            Phase::Waiting => Stats { shifted_tokens: self.counts.shifted, ..Stats::default() },
+        };
+        let total_time = self.ended.unwrap_or(now).saturating_duration_since(self.created).as_secs_f64();
+        Stats { total_time, ..self.past.plus(&running) }
     }
 
     // ---- what comes in --------------------------------------------------------------------------------------------
@@ -160,17 +335,26 @@ impl Log {
 
     pub fn shifted(&mut self, kept: usize, dropped: usize) {
         self.counts.shifted += dropped;
-        self.shift = Some((kept, self.counts.shifted));
+        self.kept = kept;
+        self.shift = Some((kept, self.shift.map_or(0, |(_, before)| before) + dropped));
         self.note(Event::Shift(dropped));
     }
 
-    fn note(&mut self, event: Event) {
-        self.note_after(self.tokens.len(), event);
+    /// Puts in an event that is no text; nothing once all is over, since its readers may be gone.
+    pub fn note(&mut self, event: Event) {
+        if self.outcome.is_none() {
+            self.note_after(self.tokens.len(), event);
+        }
     }
 
     fn note_after(&mut self, n_tokens: usize, event: Event) {
-        let at = if self.is_inside() { self.reasoning.len() } else { self.text.len() };
+        let at = self.place();
         self.notes.push(Note { at, n_tokens, event });
+    }
+
+    /// Where a note stands now.
+    fn place(&self) -> usize {
+        if self.is_inside() { self.reasoning.len() } else { self.text.len() }
     }
 
     fn is_inside(&self) -> bool {
@@ -180,23 +364,65 @@ impl Log {
     pub fn append_marked(&mut self, drawn: Option<Drawn>, text: &str, marks: &[(usize, Mark)]) {
         self.append_token(drawn);
         let mut start = 0;
-        for &(end, mark) in marks {
-            self.append_text(&text[start..end]);
+        for (end, mark) in marks {
+            self.append_text(&text[start..*end]);
             self.apply(mark);
-            start = end;
+            start = *end;
         }
         self.append_text(&text[start..]);
     }
 
-    fn apply(&mut self, mark: Mark) {
+    /// A mark counts the tokens and calls of its round.
+    fn apply(&mut self, mark: &Mark) {
         match mark {
-            Mark::Content { token } => self.content_start = Some(token),
-            Mark::Open { token } => self.open(token),
-            Mark::Close { token, forced } => self.close(token, true, forced),
+            Mark::Content { token } => {
+                self.round_content_start = Some(*token);
+                self.content_start.get_or_insert(self.start.tokens + token);
+            }
+            Mark::Open { token } => self.open(*token),
+            Mark::Close { token, forced } => self.close(*token, true, *forced),
+            Mark::Call(event) => self.call(event),
+        }
+    }
+
+    fn call(&mut self, event: &CallEvent) {
+        match event {
+            CallEvent::Start { id, name, .. } => {
+                let (id, name) = (id.clone(), name.clone());
+                self.calls.push(ToolCall { id, name, arguments: String::new(), whole: false });
+            }
+            CallEvent::Delta { index, text } => {
+                if self.join_delta(*index, text) {
+                    return;
+                }
+            }
+            CallEvent::End { index, arguments } => {
+                if let Some(call) = self.calls.get_mut(self.start.calls + index) {
+                    (call.arguments, call.whole) = (arguments.clone(), true);
+                }
+            }
+        }
+        self.note(Event::Call(event.clone()));
+    }
+
+    /// Adds arguments to those that nobody has read yet. Whether there are any.
+    fn join_delta(&mut self, index: usize, more: &str) -> bool {
+        let n_read = self.readers.iter().flatten().map(|reader| reader.notes).max().unwrap_or(0);
+        let (n_notes, n_tokens, here) = (self.notes.len(), self.tokens.len(), self.place());
+        match self.notes.last_mut().filter(|last| n_read < n_notes && last.at == here) {
+            Some(Note { event: Event::Call(CallEvent::Delta { index: last, text }), n_tokens: of_note, .. })
+                if *last == index =>
+            {
+                text.push_str(more);
+                *of_note = n_tokens;
+                true
+            }
+            _ => false,
         }
     }
 
     fn open(&mut self, token: usize) {
+        let token = self.start.tokens + token;
         self.note_after(token, Event::SegmentStart);
         let (text, tokens) = (self.reasoning.len()..self.reasoning.len(), token..token);
         let began = Instant::now();
@@ -204,6 +430,7 @@ impl Log {
     }
 
     fn close(&mut self, token: usize, closed: bool, forced: bool) {
+        let token = self.start.tokens + token;
         self.note_after(token, Event::SegmentEnd);
         let Some(stretch) = self.stretches.last_mut() else { return };
         stretch.text.end = self.reasoning.len();
@@ -229,32 +456,42 @@ impl Log {
         self.logprobs.extend(drawn.logprob);
     }
 
-    pub fn finish(&mut self, outcome: Outcome) {
-        if self.is_inside() {
-            self.close(self.tokens.len(), false, false);
-        }
-        self.clock.ended = Some(Instant::now());
-        self.outcome = Some(Arc::new(outcome));
-    }
-
+    /// Everything that was produced.
     pub fn finished(&self) -> Finished {
+        let content_start = self.content_start.unwrap_or(if self.stretches.is_empty() { 0 } else { self.tokens.len() });
+        let stats = self.stats();
+        Finished { content_start, stats, shift: self.shift, ..self.since(&Start::default(), &self.now()) }
+    }
+
+    /// What the last round has produced; its segments count its own tokens. `None` before the first end.
+    pub fn round(&self) -> Option<Finished> {
+        let round = self.last.as_ref()?;
+        let found = self.since(&round.start, &self.start);
+        let without = if found.segments.is_empty() { 0 } else { found.tokens.len() };
+        let content_start = round.content_start.unwrap_or(without);
+        Some(Finished { content_start, stats: round.stats, shift: round.shift, ..found })
+    }
+
+    fn since(&self, from: &Start, to: &Start) -> Finished {
+        let stretches = &self.stretches[from.stretches..to.stretches];
         Finished {
-            text: self.text.clone(),
-            reasoning: self.reasoning.clone(),
-            segments: self.stretches.iter().map(|stretch| self.segment(stretch)).collect(),
-            content_start: self.content_start.unwrap_or(if self.stretches.is_empty() { 0 } else { self.tokens.len() }),
-            tokens: self.tokens.clone(),
-            logprobs: self.logprobs.clone(),
-            stats: Stats::at(Instant::now(), &self.clock, self.counts),
-            shift: self.shift,
+            text: self.text[from.text..to.text].to_owned(),
+            reasoning: self.reasoning[from.reasoning..to.reasoning].to_owned(),
+            segments: stretches.iter().map(|stretch| self.segment(stretch, from.tokens)).collect(),
+            content_start: 0,
+            calls: self.calls[from.calls..to.calls].iter().filter(|call| call.whole).cloned().collect(),
+            tokens: self.tokens[from.tokens..to.tokens].to_vec(),
+            logprobs: self.logprobs[from.logprobs..to.logprobs].to_vec(),
+            stats: Stats::default(),
+            shift: None,
         }
     }
 
-    fn segment(&self, stretch: &Stretch) -> Segment {
+    fn segment(&self, stretch: &Stretch, first: usize) -> Segment {
         let ended = stretch.ended.unwrap_or_else(Instant::now);
         Segment {
             text: self.reasoning[stretch.text.clone()].to_owned(),
-            first: stretch.tokens.start,
+            first: stretch.tokens.start - first,
             tokens: self.tokens[stretch.tokens.clone()].to_vec(),
             duration: ended.saturating_duration_since(stretch.began).as_secs_f64(),
             closed: stretch.closed,
@@ -265,7 +502,8 @@ impl Log {
     // ---- who reads ------------------------------------------------------------------------------------------------
 
     pub fn open_reader(&mut self, events: bool) -> ReaderId {
-        let reader = Reader { events, text: 0, reasoning: 0, inside: false, tokens: 0, notes: 0, waiting: false };
+        let reader =
+            Reader { events, text: 0, reasoning: 0, inside: false, tokens: 0, seen: 0, notes: 0, waiting: false };
         self.n_readers += 1;
         match self.readers.iter().position(Option::is_none) {
             Some(free) => {
@@ -308,7 +546,7 @@ impl Log {
     }
 
     fn is_behind(&self, reader: &Reader) -> bool {
-        !reader.waiting && self.tokens.len() - reader.tokens > self.max_pending
+        !reader.waiting && self.tokens.len() - reader.tokens.max(reader.seen) > self.max_pending
     }
 
     fn has_news(&self, reader: &Reader) -> bool {
@@ -338,7 +576,8 @@ impl Log {
             false => (&mut place.text, &self.text),
         };
         let end = next.map_or(text.len(), |note| note.at);
-        let border = next.filter(|note| matches!(note.event, Event::SegmentStart | Event::SegmentEnd));
+        let is_border = |event: &Event| matches!(event, Event::SegmentStart | Event::SegmentEnd | Event::Note(_));
+        let border = next.filter(|note| is_border(&note.event));
         let n_tokens = next.map_or(self.tokens.len(), |note| note.n_tokens).max(place.tokens);
         // Tokens that brought no text are told at a border and at the end: tags, a stop's, control tokens.
         let silent = (border.is_some() || (next.is_none() && self.outcome.is_some())) && place.tokens < n_tokens;
@@ -349,7 +588,9 @@ impl Log {
             let (text, tokens) = (text[start..end.max(start)].to_owned(), self.tokens[first..n_tokens].to_vec());
             return Some(if place.inside { Event::Reasoning(text, tokens) } else { Event::Text(text, tokens) });
         }
-        let event = next?.event.clone();
+        let Note { event, n_tokens, .. } = next?;
+        let event = event.clone();
+        place.seen = *n_tokens;
         place.notes += 1;
         place.waiting = false;
         match event {
@@ -380,7 +621,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::sequence::StopReason;
+    use crate::error::Error;
 
     fn drawn(token: Token) -> Option<Drawn> {
         Some(Drawn { token, logprob: None })
@@ -532,6 +773,72 @@ mod tests {
         assert_eq!((finished.reasoning.as_str(), finished.text.as_str(), finished.content_start), ("hm", "yes", 3));
     }
 
+    fn call(event: CallEvent) -> [(usize, Mark); 1] {
+        [(0, Mark::Call(event))]
+    }
+
+    fn start(index: usize) -> CallEvent {
+        CallEvent::Start { index, id: format!("id{index}"), name: "now".into() }
+    }
+
+    fn delta(index: usize, text: &str) -> CallEvent {
+        CallEvent::Delta { index, text: text.into() }
+    }
+
+    fn end(index: usize) -> CallEvent {
+        CallEvent::End { index, arguments: "{}".into() }
+    }
+
+    #[test]
+    fn calls_come_as_events_in_their_place_and_late_readers_get_their_deltas_joined() {
+        let mut log = Log::new(None);
+        let early = log.open_reader(true);
+        log.append(drawn(1), "So.");
+        log.append_marked(drawn(2), "", &call(start(0)));
+        log.append_marked(drawn(3), "", &call(delta(0, "{")));
+        let so_far = [text("So.", &[1, 2]), Event::Call(start(0)), Event::Call(delta(0, "{"))];
+        assert_eq!(all_events(&mut log, early), so_far);
+        let late = log.open_reader(true);
+        log.append_marked(drawn(4), "", &call(delta(0, "}")));
+        log.append_marked(drawn(5), "", &call(end(0)));
+        log.append_marked(drawn(6), "", &call(start(1)));
+        for text in ["{", "\"a\"", ":1"] {
+            log.append_marked(None, "", &call(delta(1, text)));
+        }
+        log.finish(outcome());
+        let rest = [delta(0, "}"), end(0), start(1), delta(1, "{\"a\":1")].map(Event::Call);
+        let silent = [text("", &[3, 4, 5, 6])];
+        assert_eq!(all_events(&mut log, early), [&rest[..], &silent].concat());
+        assert_eq!(all_events(&mut log, late), [&so_far[..], &rest, &silent].concat());
+    }
+
+    #[test]
+    fn calls_that_are_whole_are_in_the_outcome_and_in_their_round() {
+        let mut log = Log::deferred(None);
+        log.begin(true);
+        log.append_marked(drawn(1), "", &call(start(0)));
+        log.append_marked(drawn(2), "", &call(end(0)));
+        log.append_marked(drawn(3), "", &call(start(1)));
+        log.finish(outcome());
+        log.begin(true);
+        log.append_marked(drawn(4), "", &call(start(0)));
+        log.append_marked(drawn(5), "", &call(end(0)));
+        log.finish(outcome());
+        assert_eq!((log.finished().calls.len(), log.round().map(|round| round.calls.len())), (2, Some(1)));
+    }
+
+    #[test]
+    fn a_reader_that_follows_a_long_call_does_not_lag() {
+        let mut log = Log::new(Some(MAX_PENDING));
+        let reader = log.open_reader(true);
+        for token in 0..2 * MAX_PENDING as Token {
+            log.append_marked(drawn(token), "", &call(delta(0, "x")));
+        }
+        assert!(log.lags());
+        assert!(log.read_event(reader).is_some());
+        assert!(!log.lags());
+    }
+
     #[test]
     fn what_is_open_at_the_end_ends_there_unclosed() {
         let mut log = Log::new(None);
@@ -570,6 +877,117 @@ mod tests {
         assert!(log.clock.first_token.is_none());
         log.append(drawn(1), "");
         assert!(log.clock.first_token.is_some());
+    }
+
+    // ---- rounds ---------------------------------------------------------------------------------------------------
+
+    fn ended(stop_reason: StopReason) -> Outcome {
+        Outcome { stop_reason, stop_string: None, error: None }
+    }
+
+    /// A log between two rounds: the first one has said "one".
+    fn between_rounds() -> Log {
+        let mut log = Log::deferred(None);
+        assert!(log.begin(true));
+        log.admitted(2, 7, Source::Cells);
+        log.append(drawn(1), "one");
+        log.finish(ended(StopReason::Eos));
+        log
+    }
+
+    #[test]
+    fn a_round_that_may_have_another_is_not_the_end() {
+        let mut log = between_rounds();
+        assert!(log.is_waiting() && log.outcome.is_none());
+        assert!(log.begin(false), "the last one");
+        assert!(!log.begin(false), "while it runs");
+        log.append(drawn(2), " two");
+        log.finish(ended(StopReason::MaxTokens));
+        assert_eq!(log.outcome.as_ref().map(|outcome| outcome.stop_reason), Some(StopReason::MaxTokens));
+        assert!(!log.begin(false), "all is over");
+        assert_eq!((log.text.as_str(), log.finished().tokens, log.n_rounds()), ("one two", vec![1, 2], 2));
+    }
+
+    #[test]
+    fn a_round_that_failed_or_was_cancelled_is_the_end() {
+        for outcome in [ended(StopReason::Cancelled), Outcome { error: Some(Error::Cancelled), ..outcome() }] {
+            let mut log = Log::deferred(None);
+            log.begin(true);
+            log.finish(outcome);
+            assert!(log.outcome.is_some() && !log.is_waiting());
+        }
+    }
+
+    #[test]
+    fn a_round_tells_what_it_alone_has_produced() {
+        let mut log = Log::deferred(None);
+        assert!(log.round().is_none());
+        log.begin(true);
+        log.append_marked(drawn(1), "", &[(0, Mark::Open { token: 0 })]);
+        log.append(drawn(2), "hm");
+        log.append_marked(drawn(3), "yes", &[(0, Mark::Close { token: 3, forced: false })]);
+        log.finish(ended(StopReason::Eos));
+        log.begin(true);
+        log.shifted(4, 7);
+        log.append_marked(drawn(4), "", &[(0, Mark::Open { token: 0 })]);
+        log.append_marked(drawn(5), "ohno", &[(2, Mark::Close { token: 1, forced: true })]);
+        log.append_marked(None, "", &[(0, Mark::Content { token: 1 })]);
+        log.finish(ended(StopReason::Eos));
+        let round = log.round().expect("it has ended");
+        assert_eq!((round.text.as_str(), round.reasoning.as_str()), ("no", "oh"));
+        assert_eq!((round.tokens, round.content_start, round.shift), (vec![4, 5], 1, Some((4, 7))));
+        let own = Segment { first: 0, ..round.segments[0].clone() };
+        assert_eq!((round.segments, own.tokens, own.forced), (vec![round_segment(&log, 0)], vec![4], true));
+        let all = log.finished();
+        assert_eq!((all.text.as_str(), all.reasoning.as_str(), all.content_start), ("yesno", "hmoh", 4));
+        assert_eq!(all.segments.iter().map(|segment| segment.first).collect::<Vec<_>>(), [0, 3]);
+    }
+
+    /// The last segment of all, as its round counts.
+    fn round_segment(log: &Log, first: usize) -> Segment {
+        let last = log.finished().segments.pop().expect("there is one");
+        Segment { first, ..last }
+    }
+
+    #[test]
+    fn what_rounds_take_adds_up_and_a_pause_between_them_is_nobody_s() {
+        let mut log = between_rounds();
+        assert_eq!(log.stats().predicted_tokens, 1);
+        log.shifted(1, 3);
+        assert_eq!(log.stats().shifted_tokens, 3, "before the next round begins");
+        log.begin(true);
+        log.admitted(7, 9, Source::Cells);
+        log.append(drawn(2), "two");
+        log.append(drawn(3), "three");
+        let stats = log.stats();
+        assert_eq!((stats.prompt_tokens, stats.cached_tokens, stats.predicted_tokens), (16, 9, 3));
+        assert_eq!((stats.first_tokens, stats.shifted_tokens), (2, 3));
+        log.finish(ended(StopReason::Eos));
+        assert_eq!(log.round().expect("it has ended").stats.predicted_tokens, 2);
+        log.end_waiting(ended(StopReason::Eos));
+        let (one, other) = (log.finished().stats, log.finished().stats);
+        assert_eq!((one.total_time, one.predicted_tokens), (other.total_time, 3), "after the end nothing changes");
+        assert!(one.queue_time + one.prefill_time + one.decode_time <= one.total_time);
+    }
+
+    #[test]
+    fn notes_come_in_their_place_after_the_tokens_before_them_and_never_after_the_end() {
+        let mut log = Log::deferred(None);
+        let reader = log.open_reader(true);
+        log.note(Event::Note(0));
+        log.begin(true);
+        log.append(drawn(1), "a");
+        log.append(drawn(2), "");
+        log.finish(ended(StopReason::Eos));
+        log.note(Event::Note(1));
+        log.begin(false);
+        log.append(drawn(3), "b");
+        log.finish(ended(StopReason::Eos));
+        log.note(Event::Note(2));
+        let told = [Event::Note(0), text("a", &[1, 2]), Event::Note(1), text("b", &[3])];
+        assert_eq!(all_events(&mut log, reader), told);
+        let late = log.open_reader(true);
+        assert_eq!(all_events(&mut log, late), told);
     }
 
     // ---- back-pressure and interest -------------------------------------------------------------------------------
@@ -698,6 +1116,11 @@ mod tests {
         Cross(bool, &'static str),
         Progress,
         Shift(usize),
+        /// A call's arguments go on.
+        Call(&'static str),
+        Note,
+        /// The round ends and the next begins.
+        Round,
         Open(bool),
         Read(usize),
         Wait(usize),
@@ -711,6 +1134,9 @@ mod tests {
             2 => (prop::bool::weighted(0.8), piece).prop_map(|(token, piece)| Op::Cross(token, piece)),
             2 => Just(Op::Progress),
             2 => (1..9usize).prop_map(Op::Shift),
+            3 => prop::sample::select(vec!["{", "\"a\"", ": 1}"]).prop_map(Op::Call),
+            1 => Just(Op::Note),
+            1 => Just(Op::Round),
             2 => any::<bool>().prop_map(Op::Open),
             8 => (0..4usize).prop_map(Op::Read),
             4 => (0..4usize).prop_map(Op::Wait),
@@ -731,6 +1157,10 @@ mod tests {
         borders: Vec<(usize, usize)>,
         /// Shifts, and where in all text they came.
         shifts: Vec<(usize, usize)>,
+        /// Characters of arguments, and where in all text they came.
+        arguments: Vec<(usize, char)>,
+        /// Notes, and where in all text they came.
+        notes: Vec<(usize, usize)>,
         /// How far the prompt was, and where in all text that came.
         progress: Vec<(usize, usize)>,
         waiting: bool,
@@ -758,6 +1188,11 @@ mod tests {
                 }
                 Event::Shift(dropped) => self.shifts.push((place, dropped)),
                 Event::Prompt { processed, .. } => self.progress.push((place, processed)),
+                Event::Call(CallEvent::Delta { text, .. }) => {
+                    self.arguments.extend(text.chars().map(|c| (place, c)));
+                }
+                Event::Call(event) => panic!("nobody has said {event:?}"),
+                Event::Note(index) => self.notes.push((place, index)),
             }
         }
     }
@@ -771,17 +1206,22 @@ mod tests {
         borders: Vec<(usize, usize)>,
         tokens: Vec<Token>,
         shifts: Vec<(usize, usize)>,
+        arguments: Vec<(usize, char)>,
+        notes: Vec<(usize, usize)>,
         progress: Vec<(usize, usize)>,
+        /// Tokens before this round.
+        first: usize,
         readers: Vec<Option<Got>>,
     }
 
     impl Run {
         fn new() -> Self {
-            let log = Log::new(Some(MAX_PENDING));
+            let mut log = Log::deferred(Some(MAX_PENDING));
+            log.begin(true);
             let (text, tokens) = Default::default();
             let (reasoning, reasoned, borders) = Default::default();
-            let (shifts, progress, readers) = Default::default();
-            Self { log, text, reasoning, reasoned, borders, tokens, shifts, progress, readers }
+            let (shifts, arguments, notes, progress, first, readers) = Default::default();
+            Self { log, text, reasoning, reasoned, borders, tokens, shifts, arguments, notes, progress, first, readers }
         }
 
         fn is_inside(&self) -> bool {
@@ -805,12 +1245,33 @@ mod tests {
                     self.shifts.push((self.place(), dropped));
                     self.log.shifted(0, dropped);
                 }
+                Op::Call(arguments) => {
+                    let place = self.place();
+                    self.arguments.extend(arguments.chars().map(|c| (place, c)));
+                    let delta = CallEvent::Delta { index: 0, text: arguments.into() };
+                    self.log.append_marked(None, "", &[(0, Mark::Call(delta))]);
+                }
+                Op::Note => {
+                    self.notes.push((self.place(), self.notes.len()));
+                    self.log.note(Event::Note(self.notes.len() - 1));
+                }
+                Op::Round => self.end_round(),
                 Op::Open(events) => self.open(events),
                 Op::Read(reader) => drop(self.read(reader)),
                 Op::Wait(reader) => self.wait(reader),
                 Op::Close(reader) => self.close(reader),
             }
             self.check_wake_ups();
+        }
+
+        /// The next one begins at once; what is open ends with the round.
+        fn end_round(&mut self) {
+            self.log.finish(outcome());
+            if self.is_inside() {
+                self.borders.push((self.text.len(), self.reasoning.len()));
+            }
+            self.first = self.tokens.len();
+            assert!(self.log.begin(true));
         }
 
         /// A token that opens or closes a segment belongs to it.
@@ -820,8 +1281,8 @@ mod tests {
             let reasons = self.is_inside() || border.is_some();
             self.reasoned.extend((with_token && reasons).then_some(token));
             let mark = match self.is_inside() {
-                true => Mark::Close { token: self.tokens.len(), forced: false },
-                false => Mark::Open { token: token as usize },
+                true => Mark::Close { token: self.tokens.len() - self.first, forced: false },
+                false => Mark::Open { token: token as usize - self.first },
             };
             let (before, after) = piece.split_at(border.unwrap_or(piece.len()));
             self.append_text(before);
@@ -839,7 +1300,7 @@ mod tests {
 
         fn advance(&mut self) {
             let processed = self.progress.len();
-            if self.tokens.is_empty() {
+            if self.tokens.len() == self.first {
                 self.progress.push((self.place(), processed));
             }
             self.log.progressed(processed, 0, 99);
@@ -899,10 +1360,8 @@ mod tests {
         }
 
         fn finish(&mut self) {
-            self.log.finish(outcome());
-            if self.is_inside() {
-                self.borders.push((self.text.len(), self.reasoning.len()));
-            }
+            self.end_round();
+            self.log.finish(ended(StopReason::Cancelled));
             for reader in 0..self.readers.len() {
                 while self.read(reader) {}
             }
@@ -922,6 +1381,8 @@ mod tests {
                     assert_eq!(got.reasoned, self.reasoned, "its tokens are told as such");
                     assert_eq!(got.borders, self.borders, "borders come at their places");
                     assert_eq!(got.shifts, self.shifts, "shifts come at their places");
+                    assert_eq!(got.arguments, self.arguments, "arguments come at theirs");
+                    assert_eq!(got.notes, self.notes, "notes come at theirs");
                     self.check_progress(&got.progress);
                 }
             }

@@ -6,11 +6,10 @@ mod stats;
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 pub use hub::{Hub, Target};
 use log::Log;
-pub use log::{Event, ReaderId, Segment};
+pub use log::{Event, ReaderId, Segment, ToolCall};
 pub use stats::{Counts, Stats};
 
 use crate::context::job::{End, Flow};
@@ -46,6 +45,8 @@ pub struct Finished {
     pub segments: Vec<Segment>,
     /// The token in which content begins, or the number of tokens.
     pub content_start: usize,
+    /// The calls that are whole.
+    pub calls: Vec<ToolCall>,
     /// All drawn tokens.
     pub tokens: Vec<Token>,
     /// Their log-probabilities, if asked for.
@@ -60,6 +61,16 @@ impl Prediction {
     /// A prediction whose readers lag at most `max_pending` tokens before it pauses; `None` never pauses.
     #[must_use]
     pub fn new(hub: &Arc<Hub>, max_pending: Option<usize>) -> Arc<Self> {
+        Self::with_log(hub, Log::new(max_pending))
+    }
+
+    /// One whose prompt is not known yet. Cancelled before it begins, it ends at once.
+    #[must_use]
+    pub fn deferred(hub: &Arc<Hub>, max_pending: Option<usize>) -> Arc<Self> {
+        Self::with_log(hub, Log::deferred(max_pending))
+    }
+
+    fn with_log(hub: &Arc<Hub>, log: Log) -> Arc<Self> {
         Arc::new(Self {
             target: hub.target(),
             cancel: Arc::default(),
@@ -67,8 +78,69 @@ impl Prediction {
             nudge: Mutex::default(),
             resume: Mutex::default(),
             paused: AtomicBool::new(false),
-            log: Mutex::new(Log::new(max_pending)),
+            log: Mutex::new(log),
         })
+    }
+
+    /// Begins a deferred one, or its next round; with `more`, another may follow this. False when a round runs, or
+    /// all is over.
+    pub fn begin(&self, more: bool) -> bool {
+        let mut log = self.log();
+        let begins = log.begin(more);
+        if begins {
+            // The round before may have ended while it was to pause.
+            self.paused.store(false, Ordering::SeqCst);
+        }
+        begins
+    }
+
+    /// Ends a deferred one that will not begin, or go on, as cancelled; no effect on any other.
+    pub fn abandon(&self) {
+        self.end_waiting(|_| self.cancelled());
+    }
+
+    /// Ends it with what the rounds so far have produced and how the last of them ended, or with another reason. No
+    /// effect while one runs.
+    pub fn conclude(&self, reason: Option<StopReason>) {
+        self.end_waiting(|log| match log.last_outcome() {
+            Some(last) => Outcome {
+                stop_reason: reason.unwrap_or(last.stop_reason),
+                stop_string: last.stop_string.clone(),
+                error: None,
+                completed: last.completed,
+            },
+            None => self.cancelled(),
+        });
+    }
+
+    fn cancelled(&self) -> Outcome {
+        let (stop_reason, error) = (StopReason::Cancelled, self.cancel_error());
+        Outcome { stop_reason, stop_string: None, error, completed: true }
+    }
+
+    /// Ends it here and now if nothing runs.
+    fn end_waiting(&self, outcome: impl FnOnce(&Log) -> Outcome) -> bool {
+        let mut log = self.log();
+        if !log.is_waiting() {
+            return false;
+        }
+        let outcome = outcome(&log);
+        log.end_waiting(outcome);
+        drop(log);
+        self.target.post();
+        true
+    }
+
+    /// How many rounds have ended.
+    #[must_use]
+    pub fn n_rounds(&self) -> usize {
+        self.log().n_rounds()
+    }
+
+    /// Puts an event of its driver's own in; `index` is its place in the driver's list.
+    pub fn note(&self, index: usize) {
+        self.log().note(Event::Note(index));
+        self.flush();
     }
 
     fn nudge(&self) {
@@ -96,6 +168,9 @@ impl Prediction {
             return;
         }
         self.cancel.store(true, Ordering::SeqCst);
+        if self.end_waiting(|_| self.cancelled()) {
+            return;
+        }
         let resume = lock(&self.resume).take();
         match resume {
             Some(resume) => resume(Some(end)),
@@ -118,8 +193,7 @@ impl Prediction {
     /// The numbers so far.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        let log = self.log();
-        Stats::at(Instant::now(), &log.clock, log.counts)
+        self.log().stats()
     }
 
     /// Whether it was ever read, awaited or cancelled.
@@ -218,6 +292,15 @@ impl Prediction {
         Some(look(&outcome, finished))
     }
 
+    /// The same of the round that has ended last, whether or not others follow.
+    pub fn with_round<T>(&self, look: impl FnOnce(&Outcome, Finished) -> T) -> Option<T> {
+        let (finished, outcome) = {
+            let log = self.log();
+            (log.round()?, Arc::clone(log.last_outcome()?))
+        };
+        Some(look(&outcome, finished))
+    }
+
     /// A prediction that was cancelled before its context closed ended by the cancel.
     fn first_reason(&self, outcome: Outcome) -> Outcome {
         let cancelled = self.why.load(Ordering::SeqCst) == CANCELLED;
@@ -281,9 +364,14 @@ impl Sink for Prediction {
     }
 
     fn finish(&self, outcome: Outcome) {
-        self.log().finish(self.first_reason(outcome));
+        // Before others may begin the next round, and set theirs.
         let nudge = lock(&self.nudge).take();
         drop(nudge);
+        self.log().finish(self.first_reason(outcome));
+        if self.cancel.load(Ordering::SeqCst) {
+            // It came when the round had ended.
+            self.end_waiting(|_| self.cancelled());
+        }
         self.target.post();
     }
 

@@ -30,6 +30,8 @@ pub struct Stats {
     pub prompt_tokens: usize,
     pub cached_tokens: usize,
     pub predicted_tokens: usize,
+    /// Of those, the first of their rounds.
+    pub first_tokens: usize,
     pub shifted_tokens: usize,
     pub prefix_source: Option<Source>,
     pub queue_time: f64,
@@ -63,6 +65,7 @@ impl Stats {
             prompt_tokens: counts.prompt,
             cached_tokens: counts.cached,
             predicted_tokens: counts.predicted,
+            first_tokens: counts.predicted.min(1),
             shifted_tokens: counts.shifted,
             prefix_source: counts.source,
             queue_time: between(Some(clock.created), clock.admitted),
@@ -73,10 +76,29 @@ impl Stats {
         }
     }
 
-    /// Tokens per second of the decoding phase: the first token belongs to the prefill. 0 with fewer than two tokens.
+    /// The numbers of one round and the next. What lay between them is time of neither.
+    #[must_use]
+    pub fn plus(&self, next: &Self) -> Self {
+        let is_first = self.first_tokens == 0;
+        Self {
+            prompt_tokens: self.prompt_tokens + next.prompt_tokens,
+            cached_tokens: self.cached_tokens + next.cached_tokens,
+            predicted_tokens: self.predicted_tokens + next.predicted_tokens,
+            first_tokens: self.first_tokens + next.first_tokens,
+            shifted_tokens: self.shifted_tokens + next.shifted_tokens,
+            prefix_source: self.prefix_source.or(next.prefix_source),
+            queue_time: self.queue_time + next.queue_time,
+            prefill_time: self.prefill_time + next.prefill_time,
+            time_to_first_token: if is_first { next.time_to_first_token } else { self.time_to_first_token },
+            decode_time: self.decode_time + next.decode_time,
+            total_time: self.total_time + next.total_time,
+        }
+    }
+
+    /// Tokens per second of the decoding phase: the first token of a round belongs to its prefill. 0 with no other.
     #[must_use]
     pub fn tokens_per_second(&self) -> f64 {
-        rate(self.predicted_tokens.saturating_sub(1), self.decode_time)
+        rate(self.predicted_tokens - self.first_tokens, self.decode_time)
     }
 
     /// Evaluated prompt tokens per second.
@@ -154,10 +176,24 @@ mod tests {
 
     #[test]
     fn the_first_token_belongs_to_the_prefill() {
-        let stats = Stats { predicted_tokens: 9, decode_time: 2.0, ..Stats::default() };
+        let stats = Stats { predicted_tokens: 9, first_tokens: 1, decode_time: 2.0, ..Stats::default() };
         assert_eq!(stats.tokens_per_second(), 4.0);
-        let one = Stats { predicted_tokens: 1, decode_time: 2.0, ..Stats::default() };
+        let one = Stats { predicted_tokens: 1, first_tokens: 1, decode_time: 2.0, ..Stats::default() };
         assert_eq!(one.tokens_per_second(), 0.0);
+        assert_eq!(stats.plus(&one).plus(&stats).tokens_per_second(), 16.0 / 6.0, "in every round");
+    }
+
+    #[test]
+    fn rounds_add_up_but_for_the_time_to_the_first_token() {
+        let one = stats(900, [Some(125), Some(250), Some(500)]);
+        let both = one.plus(&one);
+        assert_eq!(times(&both), times(&one).map(|time| 2.0 * time));
+        let counts = Counts { prompt: 4, cached: 3, predicted: 2, shifted: 1, source: Some(Source::Host) };
+        let (created, clock) = clock([Some(125), Some(250), Some(500)]);
+        let drawn = Stats::at(created, &clock, counts);
+        let both = Stats::default().plus(&drawn).plus(&drawn);
+        assert_eq!((both.prompt_tokens, both.cached_tokens, both.predicted_tokens, both.shifted_tokens), (8, 6, 4, 2));
+        assert_eq!((both.time_to_first_token, both.prefix_source), (0.25, Some(Source::Host)));
     }
 
     #[test]
@@ -168,7 +204,7 @@ mod tests {
 
     #[test]
     fn in_no_time_there_is_no_speed() {
-        let stats = Stats { prompt_tokens: 10, predicted_tokens: 10, ..Stats::default() };
+        let stats = Stats { prompt_tokens: 10, predicted_tokens: 10, first_tokens: 1, ..Stats::default() };
         assert_eq!((stats.tokens_per_second(), stats.prompt_tokens_per_second()), (0.0, 0.0));
         assert_eq!((Stats::default().tokens_per_second(), Stats::default().prompt_tokens_per_second()), (0.0, 0.0));
     }

@@ -111,10 +111,10 @@ impl Context {
     /// A prediction whose prompt is not known yet; `begin` gives it one.
     fn defer(&self, hub: &Hub, max_pending: Option<usize>) -> PyResult<Prediction> {
         self.0.get()?.shared().require_open()?;
-        Ok(Prediction::deferred(prediction::Prediction::new(hub.native()?, max_pending)))
+        Ok(Prediction::deferred(prediction::Prediction::deferred(hub.native()?, max_pending)))
     }
 
-    /// Queues a deferred prediction. False when it has ended already.
+    /// Queues a deferred prediction, or its next round. False when it has ended already.
     fn begin(
         &self,
         py: Python<'_>,
@@ -125,8 +125,9 @@ impl Context {
     ) -> PyResult<bool> {
         let context = self.0.get()?;
         context.shared().require_open()?;
+        let more = turn.more;
         let (request, terms) = options.into_request(py, prompt, Some(turn))?;
-        let native = prediction.begin(terms)?;
+        let native = prediction.begin(terms, more)?;
         let begins = native.is_some();
         if let Some(native) = native {
             context.predict(request, native);

@@ -1,25 +1,24 @@
 //! A prediction as its readers see it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 
 use super::error::to_python;
 use super::process::Native;
-use crate::context::job::Flow;
+use crate::context::job::Flow as _;
 use crate::context::parking::Source;
 use crate::prediction::{self, Event, Finished, Segment, Stats};
-use crate::sequence::{Outcome, Sink, StopReason};
+use crate::sequence::{CallEvent, Outcome, StopReason};
 
 /// A running or finished prediction.
 #[pyclass(frozen, module = "llamactor._core")]
 pub struct Prediction {
     native: Native<Arc<prediction::Prediction>>,
+    /// Those of the first round.
     terms: OnceLock<Terms>,
-    /// Whether it has begun, or ended before it could.
-    begun: Arc<AtomicBool>,
 }
 
 /// What the result repeats of the options.
@@ -35,38 +34,23 @@ pub struct Terms {
 
 impl Prediction {
     pub fn new(native: Arc<prediction::Prediction>, terms: Terms) -> Self {
-        Self { native: Native::new(native), terms: terms.into(), begun: Arc::new(AtomicBool::new(true)) }
+        Self { native: Native::new(native), terms: terms.into() }
     }
 
-    /// One whose prompt is not known yet. Cancelled before it begins, it ends at once.
+    /// One whose prompt is not known yet.
     pub fn deferred(native: Arc<prediction::Prediction>) -> Self {
-        let begun = Arc::new(AtomicBool::new(false));
-        let (weak, flag) = (Arc::downgrade(&native), Arc::clone(&begun));
-        native.on_nudge(Arc::new(move || {
-            if let Some(native) = weak.upgrade()
-                && native.cancel_flag().load(Ordering::SeqCst)
-                && !flag.swap(true, Ordering::SeqCst)
-            {
-                end_unbegun(&native);
-            }
-        }));
-        Self { native: Native::new(native), terms: OnceLock::new(), begun }
+        Self { native: Native::new(native), terms: OnceLock::new() }
     }
 
-    /// Takes it, to begin it; `None` when it has ended already.
-    pub fn begin(&self, terms: Terms) -> PyResult<Option<Arc<prediction::Prediction>>> {
+    /// Takes it, to begin it or its next round; `None` when it has ended already.
+    pub fn begin(&self, terms: Terms, more: bool) -> PyResult<Option<Arc<prediction::Prediction>>> {
         let native = self.native.get()?;
-        if self.begun.swap(true, Ordering::SeqCst) {
+        if !native.begin(more) {
             return Ok(None);
         }
         let _ = self.terms.set(terms);
         Ok(Some(Arc::clone(native)))
     }
-}
-
-fn end_unbegun(native: &prediction::Prediction) {
-    let (stop_reason, error) = (StopReason::Cancelled, native.cancel_error());
-    native.finish(Outcome { stop_reason, stop_string: None, error, completed: true });
 }
 
 #[pymethods]
@@ -92,12 +76,27 @@ impl Prediction {
         Ok(())
     }
 
-    /// Ends a deferred one that will not begin; no effect on any other.
+    /// Ends a deferred one that will not begin, or not go on; no effect on any other.
     fn abandon(&self) -> PyResult<()> {
-        let native = self.native.get()?;
-        if !self.begun.swap(true, Ordering::SeqCst) {
-            end_unbegun(native);
-        }
+        self.native.get()?.abandon();
+        Ok(())
+    }
+
+    /// Ends one that is between two rounds with what it has.
+    #[pyo3(signature = (stop_reason=None))]
+    fn conclude(&self, stop_reason: Option<&str>) -> PyResult<()> {
+        self.native.get()?.conclude(stop_reason.map(named).transpose()?);
+        Ok(())
+    }
+
+    #[getter]
+    fn rounds(&self) -> PyResult<usize> {
+        Ok(self.native.get()?.n_rounds())
+    }
+
+    /// Puts in an event of the driver's own.
+    fn note(&self, index: usize) -> PyResult<()> {
+        self.native.get()?.note(index);
         Ok(())
     }
 
@@ -151,6 +150,12 @@ impl Prediction {
         Ok(())
     }
 
+    /// What the round that has ended last has produced.
+    fn round<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let dict = self.native.get()?.with_round(|outcome, finished| self.describe(py, outcome, &finished));
+        dict.transpose()
+    }
+
     fn outcome<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let dict = self.native.get()?.with_outcome(|outcome, finished| self.describe(py, outcome, &finished));
         dict.unwrap_or_else(|| Err(pyo3::exceptions::PyRuntimeError::new_err("the prediction has not ended")))
@@ -165,6 +170,7 @@ impl Prediction {
         dict.set_item("reasoning", Some(&finished.reasoning).filter(|text| !text.is_empty()))?;
         dict.set_item("segments", segments(py, finished)?)?;
         dict.set_item("content_start", finished.content_start)?;
+        dict.set_item("tool_calls", tool_calls(py, finished)?)?;
         dict.set_item("tokens", &finished.tokens)?;
         dict.set_item("logprobs", terms.logprobs.then(|| logprobs(py, finished)).transpose()?)?;
         dict.set_item("stop_reason", outcome.stop_reason.name())?;
@@ -178,6 +184,11 @@ impl Prediction {
     }
 }
 
+fn named(stop_reason: &str) -> PyResult<StopReason> {
+    StopReason::from_name(stop_reason)
+        .ok_or_else(|| PyValueError::new_err(format!("stop reason {stop_reason:?} is unknown")))
+}
+
 fn tuple(py: Python<'_>, event: Event) -> PyResult<Bound<'_, PyTuple>> {
     match event {
         Event::Prompt { processed, cached, total } => ("prompt", processed, cached, total).into_pyobject(py),
@@ -186,7 +197,15 @@ fn tuple(py: Python<'_>, event: Event) -> PyResult<Bound<'_, PyTuple>> {
         Event::SegmentStart => ("segment_start",).into_pyobject(py),
         Event::SegmentEnd => ("segment_end",).into_pyobject(py),
         Event::Shift(dropped) => ("shift", dropped).into_pyobject(py),
+        Event::Call(CallEvent::Start { index, id, name }) => ("call_start", index, id, name).into_pyobject(py),
+        Event::Call(CallEvent::Delta { index, text }) => ("call_delta", index, text).into_pyobject(py),
+        Event::Call(CallEvent::End { index, arguments }) => ("call_end", index, arguments).into_pyobject(py),
+        Event::Note(index) => ("note", index).into_pyobject(py),
     }
+}
+
+fn tool_calls<'py>(py: Python<'py>, finished: &Finished) -> PyResult<Bound<'py, PyList>> {
+    PyList::new(py, finished.calls.iter().map(|call| (&call.id, &call.name, &call.arguments)))
 }
 
 fn shift<'py>(py: Python<'py>, policy: &str, finished: &Finished) -> PyResult<Option<Bound<'py, PyDict>>> {

@@ -8,13 +8,13 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
-use super::generation::{Generation, Text};
+use super::calling;
+use super::generation::Generation;
 use super::grammar::Constraint;
 use super::lease::{Lease, Owner, Sequences, Ticket};
 use super::sampler::{Sampler, Vocabulary};
 use super::state::{self, Fingerprint};
-use super::text::TextStream;
-use super::text::segments::{Parts, Segments};
+use super::text::segments::Parts;
 use super::{Done, Outcome, Prompt, Request, Sink, StopReason};
 use crate::context::alarms::Late;
 use crate::context::job::{
@@ -307,15 +307,12 @@ impl Actor {
         let model = self.shared.model()?;
         let needs_clock = request.text.batching.is_some();
         let ignore_eos = request.sampler.ignore_eos;
-        let reasoning = request.reasoning.as_ref().map(|reasoning| reasoning.resolve(&model)).transpose()?;
+        let reasoning = calling::segments_of(&model, request.reasoning.clone(), request.calls.as_ref())?;
         let constraint = match &request.constraint {
             Some(spec) => Some(Box::new(Constraint::new(spec, &model, reasoning.as_ref())?)),
             None => None,
         };
-        let text = match reasoning {
-            None => Text::Plain(TextStream::new(request.text)),
-            Some(reasoning) => Text::Segmented(Box::new(Segments::new(reasoning, request.text))),
-        };
+        let text = calling::text_of(&model, reasoning, request.calls, request.text)?;
         let mut generation = Box::new(Generation {
             sampler: self.sampler(request.sampler)?,
             text,

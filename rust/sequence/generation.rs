@@ -1,10 +1,12 @@
 //! One generation: a row of logits in, a token drawn, its text published, and how to go on.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::grammar::Constraint;
 use super::sampler::{Sampled, Sampler, TokenLogprob, Within};
+use super::text::calls::Calls;
 use super::text::segments::{Parts, Segments};
 use super::text::{StopMatch, TextStream};
 use super::{Outcome, Sink};
@@ -24,11 +26,21 @@ pub enum StopReason {
     MaxTokens,
     /// The context is full.
     ContextFull,
+    /// The model ended its turn and called tools in it.
+    ToolCalls,
     /// Cancelled.
     Cancelled,
 }
 
 impl StopReason {
+    const ALL: [Self; 5] = [Self::Eos, Self::StopString, Self::MaxTokens, Self::ContextFull, Self::Cancelled];
+
+    /// The reason of that name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.name() == name)
+    }
+
     /// The name users see.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -37,6 +49,7 @@ impl StopReason {
             Self::StopString => "stop_string",
             Self::MaxTokens => "max_tokens",
             Self::ContextFull => "context_full",
+            Self::ToolCalls => "tool_calls",
             Self::Cancelled => "cancelled",
         }
     }
@@ -67,6 +80,16 @@ pub enum Text {
     Plain(TextStream),
     /// Reasoning is told from content.
     Segmented(Box<Segments>),
+    /// And both from calls of tools.
+    Calling(Box<Calling>),
+}
+
+/// Text that may call tools.
+pub struct Calling {
+    /// Its stream.
+    pub calls: Calls,
+    /// Control tokens whose names tell calls from text.
+    pub preserved: HashSet<Token>,
 }
 
 impl Text {
@@ -74,6 +97,7 @@ impl Text {
         match self {
             Self::Plain(stream) => stream.prefix(prefix, &mut out.text),
             Self::Segmented(segments) => segments.begin(prefix, out),
+            Self::Calling(calling) => calling.calls.begin(prefix, out),
         }
     }
 
@@ -81,13 +105,28 @@ impl Text {
         match self {
             Self::Plain(_) => None,
             Self::Segmented(segments) => segments.forced(),
+            Self::Calling(calling) => calling.calls.forced(),
         }
     }
 
-    fn push(&mut self, token: Token, piece: &[u8], now: f64, out: &mut Parts) -> Option<StopMatch> {
+    /// Whether the name of a token matters, if it has no other text.
+    fn preserves(&self, token: Token) -> bool {
+        matches!(self, Self::Calling(calling) if calling.preserved.contains(&token))
+    }
+
+    /// How many calls are whole.
+    fn n_calls(&self) -> usize {
+        match self {
+            Self::Calling(calling) => calling.calls.n_whole(),
+            _ => 0,
+        }
+    }
+
+    fn push(&mut self, token: Token, piece: &[u8], hidden: bool, now: f64, out: &mut Parts) -> Option<StopMatch> {
         match self {
             Self::Plain(stream) => stream.push(token, piece, now, &mut out.text),
             Self::Segmented(segments) => segments.push(token, piece, now, out),
+            Self::Calling(calling) => calling.calls.push(token, piece, hidden, now, out),
         }
     }
 
@@ -96,20 +135,25 @@ impl Text {
         match self {
             Self::Plain(_) => false,
             Self::Segmented(segments) => segments.is_inside(),
+            Self::Calling(calling) => calling.calls.segments().is_inside(),
         }
     }
 
     /// Has the reasoning that is going on closed, whatever the model would draw.
     fn close_reasoning(&mut self, out: &mut Parts) {
-        if let Self::Segmented(segments) = self {
-            segments.close_now(out);
+        match self {
+            Self::Plain(_) => {}
+            Self::Segmented(segments) => segments.close_now(out),
+            Self::Calling(calling) => calling.calls.segments_mut().close_now(out),
         }
     }
 
     /// From here on all is content.
     fn settle(&mut self) {
-        if let Self::Segmented(segments) = self {
-            segments.settle();
+        match self {
+            Self::Plain(_) => {}
+            Self::Segmented(segments) => segments.settle(),
+            Self::Calling(calling) => calling.calls.segments_mut().settle(),
         }
     }
 
@@ -117,6 +161,7 @@ impl Text {
         match self {
             Self::Plain(stream) => stream.finish(&mut out.text),
             Self::Segmented(segments) => segments.finish(out),
+            Self::Calling(calling) => calling.calls.finish(out),
         }
     }
 }
@@ -145,7 +190,7 @@ pub struct Generation {
 impl Generation {
     /// Whether drawing costs less than waking another thread.
     pub fn is_cheap(&self) -> bool {
-        self.constraint.is_none() && self.sampler.is_cheap()
+        self.constraint.is_none() && self.sampler.is_cheap() && !matches!(self.text, Text::Calling(_))
     }
 
     /// Whether nothing is to be drawn at all.
@@ -206,12 +251,12 @@ impl Generation {
         if !self.ignore_eos && self.model.is_eog(token) {
             return self.stop(StopReason::Eos, None);
         }
-        self.piece.clear();
-        if let Err(error) = self.model.token_to_piece(token, false, &mut self.piece) {
-            return self.fail(error);
-        }
+        let hidden = match self.read_piece(token) {
+            Ok(hidden) => hidden,
+            Err(error) => return self.fail(error),
+        };
         self.n_drawn += 1;
-        let stopped = match self.push(token) {
+        let stopped = match self.push(token, hidden) {
             Ok(stopped) => stopped,
             Err(error) => return self.fail(error),
         };
@@ -231,8 +276,19 @@ impl Generation {
         }
     }
 
+    /// Takes the text of a token, or the name of one that has none where that matters: then it is hidden.
+    fn read_piece(&mut self, token: Token) -> Result<bool> {
+        self.piece.clear();
+        self.model.token_to_piece(token, false, &mut self.piece)?;
+        let hidden = self.piece.is_empty() && self.text.preserves(token);
+        if hidden {
+            self.model.token_to_piece(token, true, &mut self.piece)?;
+        }
+        Ok(hidden)
+    }
+
     /// Has the token, whose text is in `piece`, go into the text, and followed by the constraint.
-    fn push(&mut self, token: Token) -> Result<Option<StopMatch>> {
+    fn push(&mut self, token: Token, hidden: bool) -> Result<Option<StopMatch>> {
         let now = self.now();
         let forced = self.text.forced().is_some();
         if let Some(constraint) = &self.constraint
@@ -241,7 +297,7 @@ impl Generation {
         {
             self.text.settle();
         }
-        let stopped = self.text.push(token, &self.piece, now, &mut self.shown);
+        let stopped = self.text.push(token, &self.piece, hidden, now, &mut self.shown);
         let inside = self.text.is_inside();
         match &mut self.constraint {
             Some(constraint) if !forced => constraint.accept(token, inside)?,
@@ -334,8 +390,12 @@ impl Generation {
         if let Some(stop) = self.text.finish(&mut self.shown) {
             (reason, stop_string) = (StopReason::StopString, Some(self.stop_text(stop)));
         }
+        if reason == StopReason::Eos && self.text.n_calls() > 0 {
+            reason = StopReason::ToolCalls;
+        }
         self.show(None);
-        let completed = self.constraint.is_none() || (reason == StopReason::Eos && error.is_none());
+        let completed =
+            self.constraint.is_none() || (matches!(reason, StopReason::Eos | StopReason::ToolCalls) && error.is_none());
         self.sink.finish(Outcome { stop_reason: reason, stop_string, error, completed });
     }
 }

@@ -2,6 +2,7 @@
 
 mod actor;
 mod bare;
+mod calling;
 mod generation;
 pub mod grammar;
 mod lease;
@@ -20,8 +21,10 @@ pub use generation::{Drawn, Logprob, StopReason};
 pub use lease::{Lease, Sequences};
 pub use reasoning::Reasoning;
 pub use state::Fingerprint;
+pub use text::calls::CallEvent;
 pub use text::segments::Mark;
 
+use crate::chat::CallSpec;
 use crate::context::job::{Chat, Dropped, End, Flow, Overflow};
 use crate::error::{Error, Result};
 use crate::llama::Token;
@@ -57,6 +60,8 @@ pub struct Request {
     pub text: TextOptions,
     /// How reasoning is told from content; `None` takes all for content.
     pub reasoning: Option<Reasoning>,
+    /// How calls of tools are told from both; `None` looks for none.
+    pub calls: Option<CallSpec>,
     /// What the content may be; `None` allows everything.
     pub constraint: Option<grammar::Spec>,
     /// Tokens at most; `None` has no limit.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import re
 from pathlib import Path
 
@@ -119,6 +120,14 @@ def test_statistics(tmp_path: Path) -> None:
     prompt, predicted, total = map(int, counts.split())
     assert (predicted, total) == (16, prompt + 16)
     assert truth == "True True"
+
+
+def test_structured_output(tmp_path: Path) -> None:
+    text = output("Structured output", tmp_path)
+    answer, keys, first = re.fullmatch(r"AI: (.*)\n(\[.*)\n(.)\n", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    assert set(json.loads(answer)) == {"punchline", "setup"}
+    assert keys.startswith("['punchline', 'setup'] ")
+    assert first in '{["-0123456789tfn'
 
 
 def test_cancelling_a_prediction(tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from llamactor.calls import ToolCall
 from llamactor.chat.completion import CompletionEngine
 from llamactor.chat.messages import (
     AssistantMessage,
     Message,
     SystemMessage,
-    ToolCall,
     ToolMessage,
     UserMessage,
     dump_history,

@@ -6,36 +6,18 @@ one of a list was wrong. The JSON form of a message is also a dict that is accep
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import msgspec
 
 from llamactor import _checks as check
+from llamactor.calls import ToolCall
 
 HISTORY_VERSION = 1
 """Version of the JSON form of a history; a reader refuses versions it does not know."""
 
-_JSON_INTEGERS = range(-(2**63), 2**64)
 _MAX_TOKEN = 2**31 - 1
-
-
-class ToolCall(msgspec.Struct, frozen=True):
-    """A call of a tool that a model asked for."""
-
-    id: str | None
-    """What a `ToolMessage` answers to; None if the model gives none."""
-    name: str
-    """Name of the tool."""
-    arguments: dict[str, Any] = {}
-    """Arguments by name: values that JSON can say."""
-
-    def __post_init__(self) -> None:
-        """Check the types; the arguments become a copy of their own."""
-        _optional_text("id", self.id)
-        check.check_text("name", self.name, empty=False)
-        _set(self, "arguments", _arguments("arguments", self.arguments))
 
 
 class SystemMessage(msgspec.Struct, frozen=True, tag_field="role", tag="system"):
@@ -250,49 +232,6 @@ def _tool_call(index: int, call: object) -> ToolCall:
         return ToolCall(call.get("id"), function["name"], {} if arguments is None else arguments)
     except (TypeError, ValueError) as error:
         raise _named(name, error) from None
-
-
-def _arguments(name: str, value: object) -> dict[str, Any]:
-    """A copy of an object that JSON can say, given as a mapping or as JSON text."""
-    if isinstance(value, str):
-        value = _decoded(name, value)
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict or a JSON object, not {check.describe(value)}")
-    try:
-        copied: dict[str, Any] = _json_value(name, value)
-    except RecursionError:
-        raise ValueError(f"{name} is nested too deeply") from None
-    return copied
-
-
-def _decoded(name: str, text: str) -> object:
-    try:
-        return msgspec.json.decode(check.check_text(name, text) or "{}")
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(f"{name} is no JSON ({error}): {text[:60]!r}") from None
-
-
-def _json_value(name: str, value: object) -> Any:
-    """A deep copy of `value`, or an error that names the part that JSON cannot say."""
-    match value:
-        case None | bool():
-            return value
-        case str():
-            return check.check_text(name, value)
-        case int() if value in _JSON_INTEGERS:
-            return value
-        case float() if math.isfinite(value):
-            return value
-        case list() | tuple():
-            return [_json_value(f"{name}[{i}]", item) for i, item in enumerate(value)]
-        case Mapping():
-            return {
-                check.check_text(f"{name} key", key): _json_value(f"{name}[{key!r}]", item)
-                for key, item in value.items()
-            }
-    if isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number that JSON can say, not {value}")
-    raise TypeError(f"{name} must be a value that JSON can say, not {check.describe(value)}")
 
 
 def _optional_text(name: str, value: object) -> None:
