@@ -60,8 +60,8 @@ PYTHON_MODULES = {
         *("options", "prediction", "presets", "store", "system"),
     },
     "cli": {
-        *("_bare", "chat", "errors", "loading", "options"),
-        *("prediction", "presets", "store", "system"),
+        *("_bare", "chat", "errors", "grammar", "loading", "options"),
+        *("prediction", "presets", "runtime", "store", "system"),
     },
 }
 
