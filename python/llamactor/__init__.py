@@ -20,12 +20,14 @@ from llamactor.chat import (
     ShiftRequest,
     ShiftResult,
     SystemMessage,
+    Tool,
     ToolCall,
     ToolMessage,
     UserMessage,
     dump_history,
     load_history,
     to_messages,
+    tool,
 )
 from llamactor.context import Context, ContextStats
 from llamactor.errors import (
@@ -43,6 +45,8 @@ from llamactor.errors import (
     ModelNotLoadedError,
     QueueFullError,
     StateMismatchError,
+    ToolCallError,
+    ToolExecutionError,
     UnsupportedError,
     WorkerCrashedError,
 )
@@ -68,12 +72,18 @@ from llamactor.prediction import (
     PredictionResult,
     PredictionStats,
     PromptProgress,
+    RoundEnd,
+    RoundStart,
     Segment,
     SegmentEnd,
     SegmentStart,
     StopReason,
     TextDelta,
     TokenLogprob,
+    ToolCallDelta,
+    ToolCallEnd,
+    ToolCallStart,
+    ToolResult,
 )
 from llamactor.sequence import ContextSequence, Sequence, SequenceUsage
 from llamactor.system import Device, LogLevel, devices, set_log_level, system_info
@@ -121,6 +131,8 @@ __all__ = (
     "PromptProgress",
     "QueueFullError",
     "RepeatPenalty",
+    "RoundEnd",
+    "RoundStart",
     "Segment",
     "SegmentEnd",
     "SegmentStart",
@@ -135,8 +147,15 @@ __all__ = (
     "TextDelta",
     "TokenBatching",
     "TokenLogprob",
+    "Tool",
     "ToolCall",
+    "ToolCallDelta",
+    "ToolCallEnd",
+    "ToolCallError",
+    "ToolCallStart",
+    "ToolExecutionError",
     "ToolMessage",
+    "ToolResult",
     "UnsupportedError",
     "UserMessage",
     "WorkerCrashedError",
@@ -148,6 +167,7 @@ __all__ = (
     "set_log_level",
     "system_info",
     "to_messages",
+    "tool",
 )
 
 _SHUTDOWN_TIMEOUT = 5.0

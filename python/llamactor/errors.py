@@ -10,6 +10,8 @@ The tree, with the built-in class each one also derives from in parentheses::
     ├── InsufficientMemoryError (MemoryError)
     ├── ContextOverflowError (ValueError)
     ├── ChatTemplateError (ValueError)  the chat template failed, or refuses the messages
+    ├── ToolCallError                   a model's call was wrong, or denied; it is told so
+    ├── ToolExecutionError              the handler of a tool failed, or took too long
     ├── DecodeError                     the evaluation itself failed
     ├── StateMismatchError (ValueError) a saved state of another model or layout
     ├── ClosedError                     the object, or what it lives in, was closed
@@ -27,6 +29,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llamactor.calls import ToolCall
     from llamactor.prediction import PredictionResult
 
 __all__ = (
@@ -44,6 +47,8 @@ __all__ = (
     "ModelNotLoadedError",
     "QueueFullError",
     "StateMismatchError",
+    "ToolCallError",
+    "ToolExecutionError",
     "UnsupportedError",
     "WorkerCrashedError",
 )
@@ -82,6 +87,32 @@ class ContextOverflowError(LlamactorError, ValueError):
 
 class ChatTemplateError(LlamactorError, ValueError):
     """A chat template cannot be read, failed, or refuses these messages."""
+
+
+class ToolCallError(LlamactorError):
+    """A model called a tool that is not there, with wrong arguments, or against the guard."""
+
+    def __init__(self, message: str, call: ToolCall) -> None:
+        super().__init__(message, call)
+        self.call = call
+        """The call."""
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return str(self.args[0])
+
+
+class ToolExecutionError(LlamactorError):
+    """The handler of a tool failed or took too long; `__cause__` is what it raised."""
+
+    def __init__(self, message: str, call: ToolCall) -> None:
+        super().__init__(message, call)
+        self.call = call
+        """The call that it was to carry out."""
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return str(self.args[0])
 
 
 class DecodeError(LlamactorError):

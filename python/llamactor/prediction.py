@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 import msgspec
 
 from llamactor._hub import LoopHub, call_on_loop, check_loop, finalisers_rest, hub_for, running_loop
+from llamactor.calls import ToolCall, read_call
 from llamactor.errors import ClosedError, LlamactorError
 from llamactor.options import generation_options, native_options, native_prompt
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from llamactor import _core
-    from llamactor.calls import ToolCall
     from llamactor.chat.messages import Message
     from llamactor.options import ReasoningMarks
 
@@ -241,7 +241,7 @@ class ToolResult(msgspec.Struct, frozen=True, tag=True):
     content: str
     """What the model is told."""
     error: LlamactorError | None = None
-    """`ToolCallError` if the call was wrong or denied, `ToolExecutionError` if its handler failed."""
+    """`ToolCallError` for a wrong or denied call, `ToolExecutionError` for a failed handler."""
 
 
 class RoundStart(msgspec.Struct, frozen=True, tag=True):
@@ -709,6 +709,15 @@ class Deferred:
         """How many rounds have ended."""
         return self._state.native.rounds
 
+    @property
+    def calls_made(self) -> int:
+        """How many calls of tools are complete, of all rounds."""
+        return self._state.native.calls_made
+
+    def calls(self, start: int) -> list[tuple[str, str, str]]:
+        """Return id, tool and arguments as JSON of the complete calls from the `start`-th on."""
+        return self._state.native.calls(start)
+
     def last_round(self) -> PredictionResult | None:
         """Return what the round that has ended last has produced; None before the first end."""
         outcome: dict[str, Any] | None = self._state.native.round()
@@ -785,6 +794,7 @@ def result_of(outcome: dict[str, Any], error: BaseException | None) -> Predictio
         reasoning=outcome["reasoning"],
         segments=tuple(Segment("reasoning", *segment) for segment in outcome["segments"]),
         content_start=outcome["content_start"],
+        tool_calls=tuple(read_call(*call)[0] for call in outcome.get("tool_calls", ())),
     )
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from llamactor import _core
     from llamactor._hub import LoopHub
-    from llamactor.chat.messages import Message, ToolCall
+    from llamactor.calls import ToolCall
+    from llamactor.chat.messages import Message
 
 
 class ReasoningTags(msgspec.Struct, frozen=True):
