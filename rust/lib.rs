@@ -26,7 +26,7 @@ pub mod sequence;
 mod _core {
     #[pymodule_export]
     use crate::python::{
-        Call, Context, Hub, Model, Prediction, Sequence, after_fork_in_child, devices, load_model, parse_chat_answer,
-        set_log_level, shutdown, system_info, try_chat_template,
+        Call, Context, Hub, Model, Pattern, Prediction, Sequence, after_fork_in_child, devices, load_model,
+        parse_chat_answer, set_log_level, shutdown, system_info, try_chat_template,
     };
 }

@@ -44,6 +44,7 @@ from llamactor.errors import (
     ModelNotFoundError,
     ModelNotLoadedError,
     QueueFullError,
+    SchemaValidationError,
     StateMismatchError,
     ToolCallError,
     ToolExecutionError,
@@ -85,6 +86,14 @@ from llamactor.prediction import (
     ToolCallStart,
     ToolResult,
 )
+from llamactor.schema import (
+    FunctionSchema,
+    Schema,
+    describe_schema,
+    repair,
+    schema_of,
+    schema_of_function,
+)
 from llamactor.sequence import ContextSequence, Sequence, SequenceUsage
 from llamactor.system import Device, LogLevel, devices, set_log_level, system_info
 
@@ -110,6 +119,7 @@ __all__ = (
     "DynamicTemperature",
     "Event",
     "Finished",
+    "FunctionSchema",
     "GenerationOptions",
     "InsufficientMemoryError",
     "LlamactorError",
@@ -133,6 +143,8 @@ __all__ = (
     "RepeatPenalty",
     "RoundEnd",
     "RoundStart",
+    "Schema",
+    "SchemaValidationError",
     "Segment",
     "SegmentEnd",
     "SegmentStart",
@@ -160,10 +172,14 @@ __all__ = (
     "UserMessage",
     "WorkerCrashedError",
     "Xtc",
+    "describe_schema",
     "devices",
     "dump_history",
     "load_history",
     "load_model",
+    "repair",
+    "schema_of",
+    "schema_of_function",
     "set_log_level",
     "system_info",
     "to_messages",

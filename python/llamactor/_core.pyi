@@ -6,6 +6,7 @@ __all__ = [
     "Context",
     "Hub",
     "Model",
+    "Pattern",
     "Prediction",
     "Sequence",
     "after_fork_in_child",
@@ -39,6 +40,11 @@ class Call(Generic[_T_co]):
     def progress(self) -> float: ...
     def take(self) -> _T_co: ...
     def cancel(self) -> None: ...
+
+@final
+class Pattern:
+    def __new__(cls, pattern: str) -> Pattern: ...
+    def search(self, text: str) -> bool: ...
 
 @final
 class Model:

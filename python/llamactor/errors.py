@@ -12,6 +12,7 @@ The tree, with the built-in class each one also derives from in parentheses::
     ├── ChatTemplateError (ValueError)  the chat template failed, or refuses the messages
     ├── ToolCallError                   a model's call was wrong, or denied; it is told so
     ├── ToolExecutionError              the handler of a tool failed, or took too long
+    ├── SchemaValidationError (ValueError)   a text or value does not fit its schema
     ├── DecodeError                     the evaluation itself failed
     ├── StateMismatchError (ValueError) a saved state of another model or layout
     ├── ClosedError                     the object, or what it lives in, was closed
@@ -46,6 +47,7 @@ __all__ = (
     "ModelNotFoundError",
     "ModelNotLoadedError",
     "QueueFullError",
+    "SchemaValidationError",
     "StateMismatchError",
     "ToolCallError",
     "ToolExecutionError",
@@ -113,6 +115,32 @@ class ToolExecutionError(LlamactorError):
     def __str__(self) -> str:
         """Return the message."""
         return str(self.args[0])
+
+
+class SchemaValidationError(LlamactorError, ValueError):
+    """A text is no JSON, or what it says does not fit the schema or type that was asked for."""
+
+    def __init__(
+        self, message: str, path: tuple[str | int, ...] = (), value: object = None
+    ) -> None:
+        """Say what is wrong, where and with what."""
+        super().__init__(message, path, value)
+        self.message = message
+        """What is wrong, without the place."""
+        self.path = path
+        """Where: keys and indices from the root; () is the root itself."""
+        self.value = value
+        """What is there; the text itself where that is no JSON."""
+
+    def __str__(self) -> str:
+        """Return place and message."""
+        return f"{show_path(self.path)}: {self.message}" if self.path else self.message
+
+
+def show_path(path: tuple[str | int, ...]) -> str:
+    """Return a place in a document as ``$.items[3].name``."""
+    parts = (f".{key}" if isinstance(key, str) else f"[{key}]" for key in path)
+    return "$" + "".join(parts)
 
 
 class DecodeError(LlamactorError):

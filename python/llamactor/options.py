@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 import msgspec
 
 from llamactor import _checks as check
+from llamactor.schema import schema_of
 
 if TYPE_CHECKING:
     import os
@@ -262,6 +263,11 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Text the answer begins with, evaluated as if the model had written it."""
     trim_trailing_whitespace: bool = False
     """Leave white space at the end out of the content."""
+    schema: Any = None
+    """What the answer is: a JSON Schema as a dict, or a type; see `schema_of`.
+
+    The result's `parsed` is the value of that type; `Prediction.partial_values` has it growing.
+    """
     reasoning_budget: int | None = None
     """Most tokens of one stretch of reasoning, which is then closed as the template closes it.
 
@@ -318,6 +324,7 @@ class GenerationKeywords(TypedDict, total=False):
     ignore_eos: bool
     response_prefix: str | None
     trim_trailing_whitespace: bool
+    schema: Any
     reasoning_budget: int | None
     priority: int
     deadline: float | None
@@ -790,6 +797,7 @@ _RULES: dict[str, Callable[[str, Any], object]] = {
     "ignore_eos": check.check_bool,
     "response_prefix": check.check_text,
     "trim_trailing_whitespace": check.check_bool,
+    "schema": lambda _, value: schema_of(value),
     "reasoning_budget": _integer(0, hint="None means no limit"),
     "priority": _integer(-MAX_INT),
     "deadline": _real(0, MAX_SECONDS, above=True, hint="seconds from now; None means no limit"),
@@ -816,6 +824,9 @@ _PLAIN = tuple(
     name
     for name in GenerationOptions.__struct_fields__
     if name
-    not in {*_TUPLES, "stop", "top_k", "repeat_penalty", "overflow", "logit_bias", "sampler_order"}
+    not in {
+        *(*_TUPLES, "stop", "top_k", "repeat_penalty", "overflow", "logit_bias"),
+        *("sampler_order", "schema"),
+    }
 )
 _default = GenerationOptions()

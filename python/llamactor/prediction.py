@@ -23,8 +23,9 @@ import msgspec
 
 from llamactor._hub import LoopHub, call_on_loop, check_loop, finalisers_rest, hub_for, running_loop
 from llamactor.calls import ToolCall, read_call
-from llamactor.errors import ClosedError, LlamactorError
+from llamactor.errors import ClosedError, LlamactorError, SchemaValidationError
 from llamactor.options import generation_options, native_options, native_prompt
+from llamactor.schema import schema_of
 
 if TYPE_CHECKING:
     import asyncio
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from llamactor import _core
     from llamactor.chat.messages import Message
     from llamactor.options import ReasoningMarks
+    from llamactor.schema import Schema
 
 T = TypeVar("T")
 
@@ -48,6 +50,9 @@ SegmentKind: TypeAlias = Literal["reasoning"]
 
 READS_PER_TURN = 64
 """Pieces one iterator takes without suspending before it lets the loop run."""
+
+CHARACTERS_PER_VALUE = 4096
+"""Characters that one partial value takes in at most; reading them takes a few milliseconds."""
 
 
 class PredictionStats(msgspec.Struct, frozen=True):
@@ -164,6 +169,13 @@ class PredictionResult(msgspec.Struct, frozen=True):
         """The calls that nobody has answered, because their tools have no handler."""
         answered = {getattr(message, "tool_call_id", None) for message in self.messages}
         return tuple(call for call in self.tool_calls if call.id not in answered)
+
+    parsed: Any = None
+    """The value that the content says, of the type that `schema` asked for.
+
+    None without a schema, of a cancelled prediction, and where the answer was cut off: at a stop
+    text, at `max_tokens` or at the end of the context.
+    """
 
     def __str__(self) -> str:
         """Return the content."""
@@ -288,6 +300,10 @@ Event: TypeAlias = (
 )
 
 
+_ANSWERS_NOTHING = frozenset({"cancelled", "tool_calls"})
+"""Reasons to end without a whole answer, whatever the text."""
+
+
 class _State:
     """What the loop's hub knows of a prediction; never holds the public handle."""
 
@@ -306,6 +322,7 @@ class _State:
         "readers",
         "result",
         "retrieved",
+        "schema",
         "waiters",
     )
 
@@ -315,6 +332,7 @@ class _State:
         hub: LoopHub,
         loop: asyncio.AbstractEventLoop,
         owner: object,
+        schema: Schema[Any] | None,
     ) -> None:
         self.native = native
         self.hub = hub
@@ -322,6 +340,7 @@ class _State:
         # Whatever the sequence lives in must not be collected, and so closed, under a running
         # prediction.
         self.owner = owner
+        self.schema = schema
         self.ident = native.id
         self.readers: set[asyncio.Future[None]] = set()
         self.waiters: set[asyncio.Future[None]] = set()
@@ -370,13 +389,30 @@ class _State:
         if self.result is None:
             outcome: dict[str, Any] = self.native.outcome()
             self.error = outcome.pop("error") or self.failure
-            result = result_of(outcome, self.error)
+            parsed = None if self.error is not None else self._parsed(outcome)
+            result = result_of(outcome, self.error, parsed)
             self.result = result if self.on_result is None else self.on_result(result)
             self.owner = self.on_result = None
             if self.error is not None:
                 _attach_partial(self.error, self.result)
             self._tell_settled(self.result)
         return self.result
+
+    def _parsed(self, outcome: dict[str, Any]) -> Any:
+        """Return the value of the content, if it has to be one; note why it is none."""
+        reason = outcome["stop_reason"]
+        if self.schema is None or reason in _ANSWERS_NOTHING:
+            return None
+        # With rounds it is the last one that answers.
+        last = self.native.round() if self.native.rounds > 1 else None
+        try:
+            return self.schema.read((last or outcome)["content"])
+        except SchemaValidationError as error:
+            if reason == "eos":
+                self.error = error
+        except Exception as error:  # code of the user's type
+            self.error = error
+        return None
 
     def _tell_settled(self, result: PredictionResult) -> None:
         on_settled, self.on_settled = self.on_settled, None
@@ -463,6 +499,26 @@ class Prediction:
         """Iterate over typed events, ending with `Finished`; cancelling is as with the text."""
         check_loop(self._state.loop, "iterating a prediction")
         return _EventIterator(self, self._state)
+
+    def partial_values(self) -> PredictionIterator[Any]:
+        """Iterate over the value that the answer says so far, each time it has changed.
+
+        JSON Schemas give plain data. Types give values of a partial class as long as an object is
+        open: the same attributes, each of which is `msgspec.UNSET` until it has come. Texts are
+        shown as they grow; numbers, words, and texts that stand for something else (an enum, a
+        date) when they are whole. The last value is the result's `parsed`. Values share what they
+        have in common, so do not change them.
+
+        Like iterating the text, it begins with the first piece, and cancelling an `anext` loses
+        nothing while the iterator lives.
+
+        Raises:
+            ValueError: the prediction has no `schema`.
+        """
+        check_loop(self._state.loop, "iterating a prediction")
+        if self._state.schema is None:
+            raise ValueError("this prediction has no values: it was made without schema=")
+        return _ValueIterator(self, self._state, self._state.schema)
 
     async def __aenter__(self) -> Prediction:
         """Hold it while the block is open, whatever happens to iterators. Never suspends."""
@@ -641,6 +697,42 @@ class _EventIterator(PredictionIterator[Event]):
         return Finished(result)
 
 
+class _ValueIterator(PredictionIterator[Any]):
+    __slots__ = ("_finished", "_last", "_unread", "_values")
+
+    def __init__(self, prediction: Prediction, state: _State, schema: Schema[Any]) -> None:
+        super().__init__(prediction, state, events=False)
+        self._values = schema.reader()
+        self._unread = ""
+        self._last: Any = msgspec.UNSET
+        self._finished = False
+        self._take = self._next_value
+
+    def _next_value(self, reader: int) -> Any:
+        """Read until the value changes; None if nothing more has come."""
+        while True:
+            self._unread = self._unread or self._native.read(reader) or ""
+            if not self._unread:
+                return None
+            text = self._unread[:CHARACTERS_PER_VALUE]
+            self._unread = self._unread[CHARACTERS_PER_VALUE:]
+            if self._values.feed(text):
+                value = self._values.value
+                if value is not None and value is not msgspec.UNSET:  # null waits for the end
+                    self._last = value
+                    return value
+
+    def _end(self) -> Any:
+        self._close()
+        result = self._state.deliver()
+        last, self._last = self._last, result.parsed
+        parsed = result.parsed is not None or self._values.value is None
+        if self._finished or not parsed or last == result.parsed:
+            raise StopAsyncIteration
+        self._finished = True
+        return result.parsed
+
+
 def start_prediction(
     start: Callable[[_core.Hub, str | list[int], dict[str, object]], _core.Prediction],
     model: _core.Model,
@@ -651,10 +743,12 @@ def start_prediction(
 ) -> Prediction:
     """Check the arguments, start a native prediction on the running loop and return its handle."""
     loop = running_loop("a prediction")
-    options = native_options(generation_options(keywords), model, reasoning)
+    wanted = generation_options(keywords)
+    options = native_options(wanted, model, reasoning)
     checked = native_prompt(prompt, model)
     hub = hub_for(loop)
-    return Prediction(_State(start(hub.native, checked, options), hub, loop, owner))
+    schema = None if wanted.schema is None else schema_of(wanted.schema)
+    return Prediction(_State(start(hub.native, checked, options), hub, loop, owner, schema))
 
 
 class Deferred:
@@ -752,7 +846,11 @@ class Deferred:
 
 
 def defer_prediction(
-    context: _core.Context, owner: object, max_pending: int | None, on_settled: OnSettled
+    context: _core.Context,
+    owner: object,
+    max_pending: int | None,
+    on_settled: OnSettled,
+    schema: Any = None,
 ) -> tuple[Prediction, Deferred]:
     """Return a prediction that begins later, and what begins it.
 
@@ -762,10 +860,12 @@ def defer_prediction(
         max_pending: Tokens that all its readers may lag before it pauses.
         on_settled: Called once with the result and the failure, on the loop and before anybody
             who waits for the prediction goes on.
+        schema: What the answer is to be, as `schema_of` takes it.
     """
     loop = running_loop("a prediction")
     hub = hub_for(loop)
-    state = _State(context.defer(hub.native, max_pending), hub, loop, owner)
+    wanted = None if schema is None else schema_of(schema)
+    state = _State(context.defer(hub.native, max_pending), hub, loop, owner, wanted)
     state.on_settled = on_settled
     return Prediction(state), Deferred(context, state)
 
@@ -779,7 +879,9 @@ def _stats(values: dict[str, object]) -> PredictionStats:
     return msgspec.convert(values, PredictionStats)
 
 
-def result_of(outcome: dict[str, Any], error: BaseException | None) -> PredictionResult:
+def result_of(
+    outcome: dict[str, Any], error: BaseException | None, parsed: Any = None
+) -> PredictionResult:
     """Return the result that the core's account of a prediction, or of a round, stands for."""
     logprobs, shift = outcome["logprobs"], outcome["context_shift"]
     return PredictionResult(
@@ -795,6 +897,7 @@ def result_of(outcome: dict[str, Any], error: BaseException | None) -> Predictio
         segments=tuple(Segment("reasoning", *segment) for segment in outcome["segments"]),
         content_start=outcome["content_start"],
         tool_calls=tuple(read_call(*call)[0] for call in outcome.get("tool_calls", ())),
+        parsed=parsed,
     )
 
 

@@ -200,7 +200,7 @@ class Turn:
         loop = asyncio.get_running_loop()
         options, state = self._request.options, self._state
         prediction, self._deferred = defer_prediction(
-            self._home.context, owner, options.max_pending, self._settled
+            self._home.context, owner, options.max_pending, self._settled, options.schema
         )
         self._deferred.on_result(self._completed)
         if options.deadline is not None:

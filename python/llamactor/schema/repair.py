@@ -1,0 +1,87 @@
+"""Values out of what a model says without a grammar: JSON with text around it, or nearly right."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from llamactor._checks import check_text
+from llamactor.errors import SchemaValidationError
+from llamactor.schema.values import schema_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_REPAIRED = 1 << 20
+"""Characters of a text that is repaired; the library takes some 10 µs for each."""
+
+_FENCE = re.compile(r"```[ \t]*\w*[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
+_OPENING = re.compile(r"[{\[]")
+
+
+def repair(text: str, spec: Any) -> Any:
+    """Return the value that a text means, for models that no grammar constrains.
+
+    What is looked for, in this order: the whole text as JSON, then blocks between code fences, then
+    all from the first opening bracket to the last closing one, then the whole again; first as they
+    are, then repaired (quotes, commas and brackets that are missing or wrong, comments, Python's
+    words). What fits the schema first is returned. Nothing is invented: values that are missing
+    stay missing.
+
+    Args:
+        text: What the model said, at most 1 MiB of characters.
+        spec: As for `schema_of`.
+
+    Raises:
+        SchemaValidationError: nothing in it fits; the error of the likeliest try.
+        ValueError: the text is longer than that.
+    """
+    schema = schema_of(spec)
+    if len(check_text("text", text)) > MAX_REPAIRED:
+        raise ValueError(
+            f"text has {len(text)} characters, the limit of a repair is {MAX_REPAIRED}; "
+            "cut out the part with the JSON"
+        )
+    likeliest: SchemaValidationError | None = None
+    for candidate in _candidates(text):
+        try:
+            return schema.convert(candidate)
+        except SchemaValidationError as error:
+            # The later one is of the better text, if that is JSON at all.
+            if likeliest is None or not _is_no_json(error):
+                likeliest = error
+    assert likeliest is not None
+    raise likeliest
+
+
+def _candidates(text: str) -> Iterator[str]:
+    parts = list(dict.fromkeys([text, *_FENCE.findall(text), *_bracketed(text)]))
+    yield from parts
+    for part in [*parts[1:], text]:
+        yield from _repaired(part)
+
+
+def _bracketed(text: str) -> Iterator[str]:
+    """All from the first opening bracket to the last of its kind that closes, or to the end."""
+    opening = _OPENING.search(text)
+    if opening is None:
+        return
+    start = opening.start()
+    end = text.rfind("}" if opening.group() == "{" else "]")
+    yield text[start : end + 1] if end > start else text[start:]
+    yield text[start:]
+
+
+def _repaired(text: str) -> Iterator[str]:
+    import json_repair
+
+    try:
+        repaired = str(json_repair.repair_json(text, skip_json_loads=True, ensure_ascii=False))
+    except (RecursionError, ValueError):
+        return
+    if repaired:
+        yield repaired
+
+
+def _is_no_json(error: SchemaValidationError) -> bool:
+    return error.message.startswith("this is no JSON")
