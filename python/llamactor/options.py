@@ -567,17 +567,22 @@ def load_options(keywords: Mapping[str, Any]) -> tuple[LoadOptions, ContextOptio
 
 
 def native_options(
-    options: GenerationOptions, vocabulary: _core.Model, reasoning: ReasoningMarks | None = None
+    options: GenerationOptions,
+    vocabulary: _core.Model,
+    reasoning: ReasoningMarks | None = None,
+    calls: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """Return the form the native predict takes; token options are checked against `vocabulary`.
 
-    `reasoning` says how the prompt's template marks reasoning, where it does.
+    `reasoning` says how the prompt's template marks reasoning, where it does, and `calls` how
+    answers call tools, where they may (`CallFormat.reader`).
     """
     penalty = options.repeat_penalty
     if penalty is not None and not isinstance(penalty, RepeatPenalty):
         penalty = RepeatPenalty(penalty)
     native: dict[str, object] = {name: getattr(options, name) for name in _PLAIN}
     native["reasoning"] = reasoning
+    native["calls"] = calls
     native["stop"] = _native_stop(options.stop, vocabulary)
     native["top_k"] = options.top_k or 0
     for name in _TUPLES:

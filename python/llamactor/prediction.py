@@ -404,9 +404,9 @@ class _State:
         if self.schema is None or reason in _ANSWERS_NOTHING:
             return None
         # With rounds it is the last one that answers.
-        last = self.native.round() if self.native.rounds > 1 else None
+        last: Any = self.native.round() if self.native.rounds > 1 else outcome
         try:
-            return self.schema.read((last or outcome)["content"])
+            return self.schema.read(last["content"])
         except SchemaValidationError as error:
             if reason == "eos":
                 self.error = error
@@ -686,7 +686,8 @@ class _EventIterator(PredictionIterator[Event]):
         super().__init__(prediction, state, events=True)
         self._finished = False
         read, notes = state.native.read_event, state.notes
-        self._take = lambda reader: _event(read(reader), notes)
+        calls: dict[int, tuple[str, str]] = {}
+        self._take = lambda reader: _event(read(reader), notes, calls)
 
     def _end(self) -> Event:
         self._close()
@@ -803,11 +804,6 @@ class Deferred:
         """How many rounds have ended."""
         return self._state.native.rounds
 
-    @property
-    def calls_made(self) -> int:
-        """How many calls of tools are complete, of all rounds."""
-        return self._state.native.calls_made
-
     def calls(self, start: int) -> list[tuple[str, str, str]]:
         """Return id, tool and arguments as JSON of the complete calls from the `start`-th on."""
         return self._state.native.calls(start)
@@ -896,7 +892,7 @@ def result_of(
         reasoning=outcome["reasoning"],
         segments=tuple(Segment("reasoning", *segment) for segment in outcome["segments"]),
         content_start=outcome["content_start"],
-        tool_calls=tuple(read_call(*call)[0] for call in outcome.get("tool_calls", ())),
+        tool_calls=tuple(read_call(*call)[0] for call in outcome["tool_calls"]),
         parsed=parsed,
     )
 
@@ -907,11 +903,14 @@ def _logprob(
     return TokenLogprob(token, text, logprob, tuple(TokenLogprob(*entry) for entry in top))
 
 
-def _event(native: tuple[Any, ...] | None, notes: Sequence[Event]) -> Event | None:
+def _event(
+    native: tuple[Any, ...] | None, notes: Sequence[Event], calls: dict[int, tuple[str, str]]
+) -> Event | None:
+    """Return the event; `calls` has id and name of the round's calls so far."""
     match native:
         case None:
             return None
-        case ("note", index):
+        case ("note", int(index)):
             return notes[index]
         case ("text", text, tokens):
             return TextDelta(text, tokens)
@@ -925,7 +924,23 @@ def _event(native: tuple[Any, ...] | None, notes: Sequence[Event]) -> Event | No
             return PromptProgress(processed, cached, total)
         case ("shift", dropped):
             return ContextShifted(dropped)
+        case (kind, index, *rest):
+            return _call_event(kind, index, rest, calls)
     raise AssertionError(f"unknown event {native!r}")
+
+
+def _call_event(
+    kind: str, index: int, rest: Sequence[str], calls: dict[int, tuple[str, str]]
+) -> Event:
+    match kind, rest:
+        case "call_start", (ident, name):
+            calls[index] = (ident, name)
+            return ToolCallStart(index, ident, name)
+        case "call_delta", (arguments,):
+            return ToolCallDelta(index, arguments)
+        case "call_end", (arguments,):
+            return ToolCallEnd(read_call(*calls[index], arguments)[0])
+    raise AssertionError(f"unknown event {kind!r}")
 
 
 def _attach_partial(error: BaseException, result: PredictionResult) -> None:

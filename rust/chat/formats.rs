@@ -39,14 +39,14 @@ pub fn apply(source: &Source, request: &FormatRequest) -> Result<ChatFormat> {
     formats_of(source).map_err(Error::ChatTemplate)?.apply(request)
 }
 
-/// How an answer looks, whatever was said before: what [`apply`] says of one question, if it can.
+/// How an answer looks, whatever was said before: what [`apply`] says of [`one_question`], if it can.
 #[must_use]
-pub fn describe(source: &Source, tools: &[Value], kwargs: &Map<String, Value>) -> Option<Arc<ChatFormat>> {
-    let question = json!([tools, kwargs]).to_string();
+pub fn describe(source: &Source, request: &FormatRequest) -> Option<Arc<ChatFormat>> {
+    let question = json!(request).to_string();
     if let Some(known) = with_entry(source, |entry| find(&entry.asked, &question)).flatten() {
         return known;
     }
-    let format = apply(source, &one_question(tools, kwargs)).ok().map(Arc::new);
+    let format = apply(source, request).ok().map(Arc::new);
     with_entry(source, |entry| {
         entry.asked.push_front((question, format.clone()));
         entry.asked.truncate(MAX_KEPT);
@@ -99,6 +99,7 @@ pub fn one_question(tools: &[Value], kwargs: &Map<String, Value>) -> FormatReque
         add_generation_prompt: true,
         enable_thinking: thinking.unwrap_or(true),
         json_schema: String::new(),
+        reads_reasoning: true,
         kwargs,
     }
 }

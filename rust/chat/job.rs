@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
+use super::calls::{self, CallFormat, Wanted};
 use super::formats::{self, Source};
 use super::reasoning::{self, ReasoningTags};
 use super::spans::{self, Alphabet, Layout};
@@ -60,7 +61,7 @@ impl<'a> Job<'a> {
         let header = layout.text.get(ends.last().copied().unwrap_or(0)..).unwrap_or_default();
         let (reasoning, stops) = self.answer(if request.add_generation_prompt { header } else { "" });
         let ends = ends.into_iter().map(|end| tokens.count_until(end)).collect();
-        Ok(Rendered { text: layout.text, tokens: tokens.ids, ends, reasoning, stops, neutralised })
+        Ok(Rendered { text: layout.text, tokens: tokens.ids, ends, reasoning, stops, neutralised, calls: None })
     }
 
     /// What is known of an answer that follows a header: the tags of its thoughts, and what ends it.
@@ -68,10 +69,18 @@ impl<'a> Job<'a> {
         if self.is_fallback {
             return (None, template::FALLBACK_STOPS.map(str::to_owned).into());
         }
-        let describe = || formats::describe(&self.source, &self.request.tools, &self.request.kwargs);
+        let question = formats::one_question(&self.request.tools, &self.request.kwargs);
+        let describe = || formats::describe(&self.source, &question);
         let format = self.is_tame().then(describe).flatten();
         let tags = reasoning::find(self.model, &self.source.template, format.as_deref(), header);
         (tags, format.map(|format| format.stops.clone()).unwrap_or_default())
+    }
+
+    /// How the template's answers call tools; `None` where it knows none.
+    #[must_use]
+    pub fn call_format(&self, wanted: &Wanted<'_>) -> Option<CallFormat> {
+        let is_known = !self.is_fallback && self.is_tame();
+        is_known.then(|| calls::of_template(&self.source, wanted)).flatten()
     }
 
     /// Whether llama.cpp, which has no bounds, may read the template: it renders a question with little fuel.

@@ -1,7 +1,8 @@
 //! ② Messages become a prompt. A template renders them, bounded in every way; its own text may name control tokens,
 //! what users, tools and models said never becomes one.
 
-mod formats;
+pub mod calls;
+pub mod formats;
 mod job;
 mod json;
 mod methods;
@@ -17,8 +18,10 @@ mod turns;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
+pub use calls::CallSpec;
+use calls::{CallFormat, ToolChoice, Wanted};
 pub use reasoning::ReasoningTags;
 pub use turns::Turn;
 
@@ -40,6 +43,12 @@ pub struct Request {
     pub turns: Vec<Option<Turn>>,
     /// Definitions of tools.
     pub tools: Vec<Value>,
+    /// What of them may be called; `None` leaves everything to the template.
+    #[serde(default)]
+    pub tool_choice: Option<ToolChoice>,
+    /// Whether several may be called at once.
+    #[serde(default)]
+    pub parallel_tools: bool,
     /// Further names for the template.
     pub kwargs: Map<String, Value>,
     /// Whether the header of an answer follows.
@@ -87,6 +96,8 @@ pub struct Rendered {
     pub stops: Vec<String>,
     /// Whether the template treats contents that name control tokens differently: they were hidden from it.
     pub neutralised: bool,
+    /// How the answer calls tools, if it may.
+    pub calls: Option<CallFormat>,
 }
 
 /// Renders messages and tokenises the prompt. Blocks for as long as the template runs.
@@ -94,6 +105,67 @@ pub struct Rendered {
 /// # Errors
 /// `ChatTemplate` when the template fails, refuses the messages or leaves one out; `Value` for bad tokens.
 pub fn render(model: &Model, request: &Request) -> Result<Outcome> {
+    let Some(choice) = request.tool_choice.filter(|_| has_tools(request)) else { return render_plain(model, request) };
+    let job = Job::new(model, request);
+    let probe = [probe()];
+    let tools = if request.tools.is_empty() { &probe[..] } else { &request.tools };
+    let wanted = Wanted { tools, kwargs: &request.kwargs, choice, parallel: request.parallel_tools };
+    let native = job.call_format(&wanted);
+    let outcome = match native {
+        Some(_) => render_plain(model, request)?,
+        None => render_described(model, request)?,
+    };
+    let may_call = choice != ToolChoice::None && !request.tools.is_empty();
+    let calls = if may_call { native.or_else(|| calls::described(&wanted)) } else { None };
+    Ok(outcome.with_calls(calls))
+}
+
+impl Outcome {
+    fn with_calls(self, calls: Option<CallFormat>) -> Self {
+        match self {
+            Self::Rendered(rendered) => Self::Rendered(Rendered { calls, ..rendered }),
+            unsupported => unsupported,
+        }
+    }
+}
+
+/// Whether tools are offered, or were called before.
+fn has_tools(request: &Request) -> bool {
+    let is_call = |message: &Value| message.get("tool_calls").is_some() || message["role"] == "tool";
+    !request.tools.is_empty() || request.messages.iter().any(is_call)
+}
+
+/// Stands for the tools of before where none is offered now.
+fn probe() -> Value {
+    json!({"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}})
+}
+
+/// Renders for a template that knows no tools: they are described in the system message, or where the template refuses
+/// one, in the first message of the user.
+fn render_described(model: &Model, request: &Request) -> Result<Outcome> {
+    let render = |in_system| {
+        let rewritten = calls::rewrite(&request.tools, &request.messages, &request.turns, in_system);
+        let (messages, turns) = (rewritten.messages, rewritten.turns);
+        let plain = Request { messages, turns, tools: Vec::new(), ..request.clone() };
+        render_plain(model, &plain).map(|outcome| outcome.with_places(&rewritten.places))
+    };
+    render(true).or_else(|error| render(false).map_err(|_| error))
+}
+
+impl Outcome {
+    /// Tells the ends of other messages: each has the place of one that was rendered.
+    fn with_places(self, places: &[usize]) -> Self {
+        match self {
+            Self::Rendered(rendered) => {
+                let ends = places.iter().map(|&place| rendered.ends[place]).collect();
+                Self::Rendered(Rendered { ends, ..rendered })
+            }
+            unsupported => unsupported,
+        }
+    }
+}
+
+fn render_plain(model: &Model, request: &Request) -> Result<Outcome> {
     let job = Job::new(model, request);
     match job.layout() {
         Ok((layout, neutralised)) => Ok(Outcome::Rendered(job.finish(layout, neutralised)?)),

@@ -2,6 +2,7 @@
 // Its headers are no published interface of the bindings; this file is compiled against the sources they were built from.
 // As in shim.cpp no exception leaves: a failure is INT32_MIN with a message.
 
+#include <chat-peg-parser.h>
 #include <chat.h>
 #include <log.h>
 
@@ -10,10 +11,17 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <mutex>
 
 struct llamactor_formats {
     common_chat_templates_ptr templates;
+};
+
+struct llamactor_reader {
+    common_peg_arena   parser;
+    common_chat_format format;
+    std::string        prefix;
 };
 
 namespace {
@@ -61,7 +69,8 @@ common_chat_templates_inputs inputs_of(const common_json & request) {
     inputs.add_generation_prompt = request.at("add_generation_prompt").get<bool>();
     inputs.enable_thinking       = request.at("enable_thinking").get<bool>();
     inputs.json_schema           = request.at("json_schema").get<std::string>();
-    inputs.reasoning_format      = COMMON_REASONING_FORMAT_DEEPSEEK;
+    inputs.reasoning_format      = request.at("reads_reasoning").get<bool>() ? COMMON_REASONING_FORMAT_DEEPSEEK
+                                                                             : COMMON_REASONING_FORMAT_NONE;
     for (const auto & [name, value] : request.at("kwargs").items()) {
         inputs.chat_template_kwargs[name] = value.dump();
     }
@@ -99,13 +108,17 @@ common_json json_of(const common_chat_params & params) {
     return json;
 }
 
-common_chat_parser_params parser_of(const common_json & request) {
-    common_chat_parser_params params;
+common_chat_format format_of(const common_json & request) {
     const int format = request.at("format_id").get<int>();
     if (format < 0 || format >= COMMON_CHAT_FORMAT_COUNT) {
         throw std::invalid_argument("there is no such chat format");
     }
-    params.format            = static_cast<common_chat_format>(format);
+    return static_cast<common_chat_format>(format);
+}
+
+common_chat_parser_params parser_of(const common_json & request) {
+    common_chat_parser_params params;
+    params.format            = format_of(request);
     params.reasoning_format  = COMMON_REASONING_FORMAT_DEEPSEEK;
     params.generation_prompt = request.at("generation_prompt").get<std::string>();
     params.parse_tool_calls  = request.at("parse_tool_calls").get<bool>();
@@ -114,6 +127,58 @@ common_chat_parser_params parser_of(const common_json & request) {
         params.parser.load(parser);
     }
     return params;
+}
+
+// Counts the calls that are whole: what a tag or a rule of a call encloses has come to its end.
+struct whole_calls {
+    const common_peg_ast_arena & ast;
+    int begun = 0;
+    int whole = 0;
+
+    void visit(common_peg_ast_id id) {
+        const auto & node   = ast.get(id);
+        const int    before = begun;
+        begun += node.tag == common_chat_peg_builder::TOOL_OPEN;
+        for (const auto child : node.children) {
+            visit(child);
+        }
+        const bool encloses = node.tag == common_chat_peg_builder::TOOL || node.rule.rfind("tool-", 0) == 0;
+        const bool ends     = node.tag == common_chat_peg_builder::TOOL_CLOSE || (encloses && begun > before);
+        if (ends && !node.is_partial) {
+            whole = begun;
+        }
+    }
+};
+
+std::unique_ptr<common_chat_peg_mapper> mapper_of(common_chat_format format, common_chat_msg & message) {
+    switch (format) {
+        case COMMON_CHAT_FORMAT_PEG_GEMMA4:     return std::make_unique<common_chat_peg_gemma4_mapper>(message);
+        case COMMON_CHAT_FORMAT_PEG_MINIMAX_M3: return std::make_unique<common_chat_peg_minimax_m3_mapper>(message);
+        default:                                return std::make_unique<common_chat_peg_mapper>(message);
+    }
+}
+
+// What common_chat_peg_parse makes of a text, and besides how far it came and how many calls are whole.
+common_json reading_of(const llamactor_reader & reader, const std::string & text) {
+    common_peg_parse_context context(reader.prefix + text, COMMON_PEG_PARSE_FLAG_LENIENT);
+    const auto parsed = reader.parser.parse(context);
+    common_json json  = common_json::object();
+    json["state"]     = common_peg_parse_result_type_name(parsed.type);
+    json["end"]       = parsed.end < reader.prefix.size() ? 0 : parsed.end - reader.prefix.size();
+    json["calls"]     = common_json::array();
+    if (!parsed.fail()) {
+        common_chat_msg message;
+        mapper_of(reader.format, message)->from_ast(context.ast, parsed);
+        for (const auto & call : message.tool_calls) {
+            json["calls"].push_back({{"id", call.id}, {"name", call.name}, {"arguments", call.arguments}});
+        }
+        whole_calls count{context.ast};
+        for (const auto node : parsed.nodes) {
+            count.visit(node);
+        }
+        json["whole"] = count.whole;
+    }
+    return json;
 }
 
 } // namespace
@@ -153,6 +218,29 @@ int32_t llamactor_formats_parse(const char * request, size_t request_length, cha
                                              parser_of(json));
         give(found.to_json_oaicompat().dump_safe(), out, length);
     });
+}
+
+int32_t llamactor_reader_init(const char * request, size_t request_length, llamactor_reader ** out, char * message,
+                              size_t size) {
+    return guarded(message, size, [&] {
+        be_quiet();
+        const auto json   = parse(request, request_length);
+        auto       reader = std::make_unique<llamactor_reader>();
+        reader->format    = format_of(json);
+        reader->prefix    = json.at("prefix").get<std::string>();
+        reader->parser.load(json.at("parser").get<std::string>());
+        *out = reader.release();
+    });
+}
+
+void llamactor_reader_free(llamactor_reader * reader) {
+    delete reader;
+}
+
+int32_t llamactor_reader_read(const llamactor_reader * reader, const char * text, size_t text_length, char ** out,
+                              size_t * length, char * message, size_t size) {
+    return guarded(message, size,
+                   [&] { give(reading_of(*reader, std::string(text, text_length)).dump_safe(), out, length); });
 }
 
 void llamactor_formats_free_text(char * text) {

@@ -14,6 +14,11 @@ struct Native {
     _private: [u8; 0],
 }
 
+#[repr(C)]
+struct NativeReader {
+    _private: [u8; 0],
+}
+
 unsafe extern "C" {
     fn llamactor_formats_init(
         source: *const c_char,
@@ -43,6 +48,23 @@ unsafe extern "C" {
         size: usize,
     ) -> i32;
     fn llamactor_formats_free_text(text: *mut c_char);
+    fn llamactor_reader_init(
+        request: *const c_char,
+        request_length: usize,
+        out: *mut *mut NativeReader,
+        message: *mut c_char,
+        size: usize,
+    ) -> i32;
+    fn llamactor_reader_free(reader: *mut NativeReader);
+    fn llamactor_reader_read(
+        reader: *const NativeReader,
+        text: *const c_char,
+        text_length: usize,
+        out: *mut *mut c_char,
+        length: *mut usize,
+        message: *mut c_char,
+        size: usize,
+    ) -> i32;
 }
 
 /// A chat template as llama.cpp understands it.
@@ -72,6 +94,8 @@ pub struct FormatRequest {
     pub enable_thinking: bool,
     /// A JSON Schema for the answer, or nothing.
     pub json_schema: String,
+    /// Whether the parser tells thoughts from content.
+    pub reads_reasoning: bool,
     /// Further names for the template.
     pub kwargs: Map<String, Value>,
 }
@@ -171,6 +195,102 @@ pub fn parse_answer(request: &ParseRequest) -> Result<Value> {
     });
     let text = text.map_err(|error| Error::Value(error.to_string()))?;
     serde_json::from_slice(&text).map_err(|error| Error::Value(error.to_string()))
+}
+
+/// How the calls in an answer are read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CallSyntax {
+    /// Which of llama.cpp's formats.
+    pub format_id: i32,
+    /// Its parser, as JSON.
+    pub parser: String,
+    /// What the parser expects before the text: the header of the answer.
+    pub prefix: String,
+}
+
+/// What a text says so far, as the parser of its format reads it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Reading {
+    /// How it came out.
+    pub state: ReadingState,
+    /// The byte up to which it was read.
+    pub end: usize,
+    /// The calls in it whose names are known; the arguments of the last may have only begun.
+    pub calls: Vec<CallReading>,
+    /// How many of them are whole.
+    #[serde(default)]
+    pub whole: usize,
+}
+
+/// How a reading came out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReadingState {
+    /// The text does not have the format, whatever follows.
+    Fail,
+    /// It has it.
+    Success,
+    /// It has begun to.
+    NeedMoreInput,
+}
+
+/// A call as far as it was read.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[allow(missing_docs)]
+pub struct CallReading {
+    pub id: String,
+    pub name: String,
+    pub arguments: String,
+}
+
+/// Reads texts of one format.
+pub struct CallReader(NonNull<NativeReader>);
+
+// SAFETY: a reader is a parser that never changes; it is freed once, by its only owner.
+unsafe impl Send for CallReader {}
+
+impl CallReader {
+    /// Takes a parser.
+    ///
+    /// # Errors
+    /// `Value` when it is none.
+    pub fn new(syntax: &CallSyntax) -> Result<Self> {
+        let request = to_json(syntax)?;
+        let mut out = null_mut();
+        guarded(|message, size| {
+            // SAFETY: the request lives until the call returns; `out` is written on success.
+            unsafe { llamactor_reader_init(request.as_ptr().cast(), request.len(), &raw mut out, message, size) }
+        })
+        .map_err(unreadable)?;
+        NonNull::new(out).map(Self).ok_or_else(|| unreadable("no parser was made".into()))
+    }
+
+    /// Reads a text whose end may be missing. It recurses as deep as the text nests: the caller sees to that.
+    ///
+    /// # Errors
+    /// `Value` with llama.cpp's reason.
+    pub fn read(&self, text: &str) -> Result<Reading> {
+        let answer = answer(|out, length, message, size| {
+            // SAFETY: the reader is alive, and so is the text; the outputs are written on success.
+            unsafe {
+                let (text, text_length) = (text.as_ptr().cast(), text.len());
+                llamactor_reader_read(self.0.as_ptr(), text, text_length, out, length, message, size)
+            }
+        });
+        let answer = answer.map_err(|error| unreadable(error.to_string()))?;
+        serde_json::from_slice(&answer).map_err(|error| unreadable(error.to_string()))
+    }
+}
+
+impl Drop for CallReader {
+    fn drop(&mut self) {
+        // SAFETY: made by `llamactor_reader_init` and freed once.
+        unsafe { llamactor_reader_free(self.0.as_ptr()) }
+    }
+}
+
+fn unreadable(reason: String) -> Error {
+    Error::Value(format!("calls of tools cannot be read: {reason}"))
 }
 
 /// Takes a text that the shim has made.

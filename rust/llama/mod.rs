@@ -19,7 +19,10 @@ mod vocab;
 pub use backend::{Device, devices, initialise, system_info};
 pub use batch::Batch;
 pub use bounded::{Bounds, Unfinished, run_bounded};
-pub use common::{ChatFormat, ChatFormats, FormatRequest, ParseRequest, Trigger, parse_answer};
+pub use common::{
+    CallReader, CallReading, CallSyntax, ChatFormat, ChatFormats, FormatRequest, ParseRequest, Reading, ReadingState,
+    Trigger, parse_answer,
+};
 pub use context::{CancelFlags, Context, ContextParams, Decoded, FlashAttention, KvType};
 pub use log::{LogLevel, set_log_level};
 pub use model::{LoadParams, Model, OverrideValue, SplitMode};

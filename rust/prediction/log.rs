@@ -8,7 +8,7 @@ use super::Finished;
 use super::stats::{Clock, Counts, Stats};
 use crate::context::parking::Source;
 use crate::llama::Token;
-use crate::sequence::{Drawn, Logprob, Mark, Outcome, StopReason};
+use crate::sequence::{CallEvent, Drawn, Logprob, Mark, Outcome, StopReason};
 
 /// Names a reader of one prediction.
 pub type ReaderId = usize;
@@ -35,6 +35,8 @@ pub enum Event {
     SegmentEnd,
     /// Tokens were dropped because the context was full.
     Shift(usize),
+    /// A tool is called; calls are counted in their round.
+    Call(CallEvent),
     /// Whoever drives the rounds has put in an event of its own, this one in its list.
     Note(usize),
 }
@@ -54,6 +56,19 @@ pub struct Segment {
     pub closed: bool,
     /// Whether that was because the budget was used up.
     pub forced: bool,
+}
+
+/// A call of a tool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ToolCall {
+    /// The model's id for it, or a drawn one.
+    pub id: String,
+    /// The tool.
+    pub name: String,
+    /// Its arguments, as JSON.
+    pub arguments: String,
+    /// Whether it has come to its end.
+    whole: bool,
 }
 
 /// The same as it is kept.
@@ -90,6 +105,7 @@ struct Start {
     text: usize,
     reasoning: usize,
     stretches: usize,
+    calls: usize,
     tokens: usize,
     logprobs: usize,
 }
@@ -113,6 +129,8 @@ struct Reader {
     inside: bool,
     /// Tokens delivered.
     tokens: usize,
+    /// Tokens of which everything else was delivered.
+    seen: usize,
     /// Notes delivered.
     notes: usize,
     waiting: bool,
@@ -125,6 +143,7 @@ pub struct Log {
     stretches: Vec<Stretch>,
     /// Of all rounds.
     content_start: Option<usize>,
+    calls: Vec<ToolCall>,
     tokens: Vec<Token>,
     logprobs: Vec<Logprob>,
     notes: Vec<Note>,
@@ -150,6 +169,8 @@ pub struct Log {
     past: Stats,
     n_rounds: usize,
     last: Option<Round>,
+    /// Whether whoever drives the rounds does not know of all calls.
+    driver_news: bool,
     pub outcome: Option<Arc<Outcome>>,
 }
 
@@ -161,6 +182,7 @@ impl Log {
             reasoning: String::new(),
             stretches: Vec::new(),
             content_start: None,
+            calls: Vec::new(),
             tokens: Vec::new(),
             logprobs: Vec::new(),
             notes: Vec::new(),
@@ -182,6 +204,7 @@ impl Log {
             past: Stats::default(),
             n_rounds: 0,
             last: None,
+            driver_news: false,
             outcome: None,
         }
     }
@@ -267,9 +290,15 @@ impl Log {
             text: self.text.len(),
             reasoning: self.reasoning.len(),
             stretches: self.stretches.len(),
+            calls: self.calls.len(),
             tokens: self.tokens.len(),
             logprobs: self.logprobs.len(),
         }
+    }
+
+    /// The whole calls of all rounds, from the `start`-th on.
+    pub fn whole_calls(&self, start: usize) -> impl Iterator<Item = &ToolCall> {
+        self.calls.iter().filter(|call| call.whole).skip(start)
     }
 
     /// What all of it took so far.
@@ -338,23 +367,61 @@ impl Log {
     pub fn append_marked(&mut self, drawn: Option<Drawn>, text: &str, marks: &[(usize, Mark)]) {
         self.append_token(drawn);
         let mut start = 0;
-        for &(end, mark) in marks {
-            self.append_text(&text[start..end]);
+        for (end, mark) in marks {
+            self.append_text(&text[start..*end]);
             self.apply(mark);
-            start = end;
+            start = *end;
         }
         self.append_text(&text[start..]);
     }
 
-    /// A mark counts the tokens of its round.
-    fn apply(&mut self, mark: Mark) {
+    /// A mark counts the tokens and calls of its round.
+    fn apply(&mut self, mark: &Mark) {
         match mark {
             Mark::Content { token } => {
-                self.round_content_start = Some(token);
+                self.round_content_start = Some(*token);
                 self.content_start.get_or_insert(self.start.tokens + token);
             }
-            Mark::Open { token } => self.open(token),
-            Mark::Close { token, forced } => self.close(token, true, forced),
+            Mark::Open { token } => self.open(*token),
+            Mark::Close { token, forced } => self.close(*token, true, *forced),
+            Mark::Call(event) => self.call(event),
+        }
+    }
+
+    fn call(&mut self, event: &CallEvent) {
+        match event {
+            CallEvent::Start { id, name, .. } => {
+                let (id, name) = (id.clone(), name.clone());
+                self.calls.push(ToolCall { id, name, arguments: String::new(), whole: false });
+            }
+            CallEvent::Delta { index, text } => {
+                if self.join_delta(*index, text) {
+                    return;
+                }
+            }
+            CallEvent::End { index, arguments } => {
+                if let Some(call) = self.calls.get_mut(self.start.calls + index) {
+                    (call.arguments, call.whole) = (arguments.clone(), true);
+                    self.driver_news = self.phase == Phase::Running { more: true };
+                }
+            }
+        }
+        self.note(Event::Call(event.clone()));
+    }
+
+    /// Adds arguments to those that nobody has read yet. Whether there are any.
+    fn join_delta(&mut self, index: usize, more: &str) -> bool {
+        let n_read = self.readers.iter().flatten().map(|reader| reader.notes).max().unwrap_or(0);
+        let (n_notes, n_tokens) = (self.notes.len(), self.tokens.len());
+        match self.notes.last_mut().filter(|_| n_read < n_notes) {
+            Some(Note { event: Event::Call(CallEvent::Delta { index: last, text }), n_tokens: of_note, .. })
+                if *last == index =>
+            {
+                text.push_str(more);
+                *of_note = n_tokens;
+                true
+            }
+            _ => false,
         }
     }
 
@@ -416,6 +483,7 @@ impl Log {
             reasoning: self.reasoning[from.reasoning..to.reasoning].to_owned(),
             segments: stretches.iter().map(|stretch| self.segment(stretch, from.tokens)).collect(),
             content_start: 0,
+            calls: self.calls[from.calls..to.calls].iter().filter(|call| call.whole).cloned().collect(),
             tokens: self.tokens[from.tokens..to.tokens].to_vec(),
             logprobs: self.logprobs[from.logprobs..to.logprobs].to_vec(),
             stats: Stats::default(),
@@ -438,7 +506,8 @@ impl Log {
     // ---- who reads ------------------------------------------------------------------------------------------------
 
     pub fn open_reader(&mut self, events: bool) -> ReaderId {
-        let reader = Reader { events, text: 0, reasoning: 0, inside: false, tokens: 0, notes: 0, waiting: false };
+        let reader =
+            Reader { events, text: 0, reasoning: 0, inside: false, tokens: 0, seen: 0, notes: 0, waiting: false };
         self.n_readers += 1;
         match self.readers.iter().position(Option::is_none) {
             Some(free) => {
@@ -481,7 +550,7 @@ impl Log {
     }
 
     fn is_behind(&self, reader: &Reader) -> bool {
-        !reader.waiting && self.tokens.len() - reader.tokens > self.max_pending
+        !reader.waiting && self.tokens.len() - reader.tokens.max(reader.seen) > self.max_pending
     }
 
     fn has_news(&self, reader: &Reader) -> bool {
@@ -523,7 +592,9 @@ impl Log {
             let (text, tokens) = (text[start..end.max(start)].to_owned(), self.tokens[first..n_tokens].to_vec());
             return Some(if place.inside { Event::Reasoning(text, tokens) } else { Event::Text(text, tokens) });
         }
-        let event = next?.event.clone();
+        let Note { event, n_tokens, .. } = next?;
+        let event = event.clone();
+        place.seen = *n_tokens;
         place.notes += 1;
         place.waiting = false;
         match event {
@@ -543,9 +614,10 @@ impl Log {
         waiting && (news || self.outcome.is_some())
     }
 
-    /// Whether a suspended reader can go on.
+    /// Whether a suspended reader can go on, or a call can be carried out.
     pub fn take_news(&mut self) -> bool {
-        self.readers.iter().flatten().any(|reader| reader.waiting && self.has_news(reader))
+        let news = std::mem::take(&mut self.driver_news);
+        news || self.readers.iter().flatten().any(|reader| reader.waiting && self.has_news(reader))
     }
 }
 

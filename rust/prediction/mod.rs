@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 pub use hub::{Hub, Target};
 use log::Log;
-pub use log::{Event, ReaderId, Segment};
+pub use log::{Event, ReaderId, Segment, ToolCall};
 pub use stats::{Counts, Stats};
 
 use crate::context::job::{End, Flow};
@@ -45,6 +45,8 @@ pub struct Finished {
     pub segments: Vec<Segment>,
     /// The token in which content begins, or the number of tokens.
     pub content_start: usize,
+    /// The calls that are whole.
+    pub calls: Vec<ToolCall>,
     /// All drawn tokens.
     pub tokens: Vec<Token>,
     /// Their log-probabilities, if asked for.
@@ -131,6 +133,12 @@ impl Prediction {
     #[must_use]
     pub fn n_rounds(&self) -> usize {
         self.log().n_rounds()
+    }
+
+    /// The whole calls of tools so far, of all rounds, from the `start`-th on.
+    #[must_use]
+    pub fn calls(&self, start: usize) -> Vec<ToolCall> {
+        self.log().whole_calls(start).cloned().collect()
     }
 
     /// Puts an event of its driver's own in; `index` is its place in the driver's list.

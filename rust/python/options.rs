@@ -8,10 +8,13 @@ use pyo3::prelude::*;
 
 use super::callbacks::{PythonFilter, PythonProcessor};
 use super::prediction::Terms;
+use crate::chat::CallSpec;
 use crate::context::deadline_after;
 use crate::context::job::{Dropped, Overflow};
 use crate::context::parking::Budget;
-use crate::llama::{self, ContextParams, FlashAttention, KvType, LoadParams, OverrideValue, SplitMode, Token};
+use crate::llama::{
+    self, CallSyntax, ContextParams, FlashAttention, KvType, LoadParams, OverrideValue, SplitMode, Token,
+};
 use crate::sequence::sampler::{Dry, DynamicTemperature, Mirostat, RepeatPenalty, SamplerKind, SamplerSpec, Xtc};
 use crate::sequence::text::{Batching, TextOptions};
 use crate::sequence::{Prompt, Reasoning, Request, Turn};
@@ -37,6 +40,33 @@ type DryItems = (f32, f32, i32, Option<usize>, Vec<String>);
 type ReasoningItems = (String, String, bool, String);
 type DroppedItems = (Vec<Token>, Vec<(usize, usize)>);
 type PenaltyItems = (f32, usize, f32, f32, bool, Option<Py<PyAny>>);
+
+/// How calls of tools are found and read, as a rendered chat has it.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct CallItems {
+    format_id: i32,
+    parser: String,
+    prefix: String,
+    triggers: Vec<String>,
+    silent: Vec<String>,
+    preserved: Vec<String>,
+    reasoning_end: Option<String>,
+    has_ids: bool,
+}
+
+impl CallItems {
+    fn into_spec(self) -> CallSpec {
+        CallSpec {
+            syntax: CallSyntax { format_id: self.format_id, parser: self.parser, prefix: self.prefix },
+            triggers: self.triggers,
+            silent: self.silent,
+            preserved: self.preserved,
+            reasoning_end: self.reasoning_end,
+            has_ids: self.has_ids,
+        }
+    }
+}
 
 /// The options of `predict`.
 #[derive(FromPyObject)]
@@ -66,6 +96,7 @@ pub struct PredictOptions {
     trim_trailing_whitespace: bool,
     reasoning: Option<ReasoningItems>,
     reasoning_budget: Option<usize>,
+    calls: Option<CallItems>,
     priority: i32,
     deadline: Option<f64>,
     overflow: Option<String>,
@@ -154,6 +185,7 @@ impl PredictOptions {
             sampler,
             text,
             reasoning,
+            calls: self.calls.map(CallItems::into_spec),
             max_tokens: self.max_tokens,
             response_prefix: self.response_prefix,
             deterministic: self.deterministic,

@@ -7,12 +7,12 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
-use super::generation::{Generation, Text};
+use super::calling::text_of;
+use super::generation::Generation;
 use super::lease::{Lease, Owner, Sequences, Ticket};
 use super::sampler::{Sampler, Vocabulary};
 use super::state::{self, Fingerprint};
-use super::text::TextStream;
-use super::text::segments::{Parts, Segments};
+use super::text::segments::Parts;
 use super::{Done, Outcome, Prompt, Request, Sink, StopReason};
 use crate::context::alarms::Late;
 use crate::context::job::{
@@ -305,10 +305,7 @@ impl Actor {
         let model = self.shared.model()?;
         let needs_clock = request.text.batching.is_some();
         let ignore_eos = request.sampler.ignore_eos;
-        let text = match request.reasoning {
-            None => Text::Plain(TextStream::new(request.text)),
-            Some(reasoning) => Text::Segmented(Box::new(Segments::new(reasoning.resolve(&model)?, request.text))),
-        };
+        let text = text_of(&model, request.reasoning, request.calls, request.text)?;
         let mut generation = Box::new(Generation {
             sampler: self.sampler(request.sampler)?,
             text,

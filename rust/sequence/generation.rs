@@ -1,9 +1,11 @@
 //! One generation: a row of logits in, a token drawn, its text published, and how to go on.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::sampler::{Sampler, TokenLogprob};
+use super::text::calls::Calls;
 use super::text::segments::{Parts, Segments};
 use super::text::{StopMatch, TextStream};
 use super::{Outcome, Sink};
@@ -23,6 +25,8 @@ pub enum StopReason {
     MaxTokens,
     /// The context is full.
     ContextFull,
+    /// The model ended its turn and called tools in it.
+    ToolCalls,
     /// Cancelled.
     Cancelled,
 }
@@ -44,6 +48,7 @@ impl StopReason {
             Self::StopString => "stop_string",
             Self::MaxTokens => "max_tokens",
             Self::ContextFull => "context_full",
+            Self::ToolCalls => "tool_calls",
             Self::Cancelled => "cancelled",
         }
     }
@@ -74,6 +79,16 @@ pub enum Text {
     Plain(TextStream),
     /// Reasoning is told from content.
     Segmented(Box<Segments>),
+    /// And both from calls of tools.
+    Calling(Box<Calling>),
+}
+
+/// Text that may call tools.
+pub struct Calling {
+    /// Its stream.
+    pub calls: Calls,
+    /// Control tokens whose names tell calls from text.
+    pub preserved: HashSet<Token>,
 }
 
 impl Text {
@@ -81,6 +96,7 @@ impl Text {
         match self {
             Self::Plain(stream) => stream.prefix(prefix, &mut out.text),
             Self::Segmented(segments) => segments.begin(prefix, out),
+            Self::Calling(calling) => calling.calls.begin(prefix, out),
         }
     }
 
@@ -88,13 +104,28 @@ impl Text {
         match self {
             Self::Plain(_) => None,
             Self::Segmented(segments) => segments.forced(),
+            Self::Calling(calling) => calling.calls.forced(),
         }
     }
 
-    fn push(&mut self, token: Token, piece: &[u8], now: f64, out: &mut Parts) -> Option<StopMatch> {
+    /// Whether the name of a token matters, if it has no other text.
+    fn preserves(&self, token: Token) -> bool {
+        matches!(self, Self::Calling(calling) if calling.preserved.contains(&token))
+    }
+
+    /// How many calls are whole.
+    fn n_calls(&self) -> usize {
+        match self {
+            Self::Calling(calling) => calling.calls.n_whole(),
+            _ => 0,
+        }
+    }
+
+    fn push(&mut self, token: Token, piece: &[u8], hidden: bool, now: f64, out: &mut Parts) -> Option<StopMatch> {
         match self {
             Self::Plain(stream) => stream.push(token, piece, now, &mut out.text),
             Self::Segmented(segments) => segments.push(token, piece, now, out),
+            Self::Calling(calling) => calling.calls.push(token, piece, hidden, now, out),
         }
     }
 
@@ -102,6 +133,7 @@ impl Text {
         match self {
             Self::Plain(stream) => stream.finish(&mut out.text),
             Self::Segmented(segments) => segments.finish(out),
+            Self::Calling(calling) => calling.calls.finish(out),
         }
     }
 }
@@ -127,7 +159,7 @@ pub struct Generation {
 impl Generation {
     /// Whether drawing costs less than waking another thread.
     pub fn is_cheap(&self) -> bool {
-        self.sampler.is_cheap()
+        self.sampler.is_cheap() && !matches!(self.text, Text::Calling(_))
     }
 
     /// Whether nothing is to be drawn at all.
@@ -167,12 +199,12 @@ impl Generation {
         if !self.ignore_eos && self.model.is_eog(token) {
             return self.stop(StopReason::Eos, None);
         }
-        self.piece.clear();
-        if let Err(error) = self.model.token_to_piece(token, false, &mut self.piece) {
-            return self.fail(error);
-        }
+        let hidden = match self.read_piece(token) {
+            Ok(hidden) => hidden,
+            Err(error) => return self.fail(error),
+        };
         self.n_drawn += 1;
-        let stopped = self.text.push(token, &self.piece, self.now(), &mut self.shown);
+        let stopped = self.text.push(token, &self.piece, hidden, self.now(), &mut self.shown);
         let paused = self.show(Some(drawn));
         if let Some(stop) = stopped {
             let text = self.stop_text(stop);
@@ -183,6 +215,17 @@ impl Generation {
             (false, true) => Step::Pause(token),
             (false, false) => Step::Next(token),
         }
+    }
+
+    /// Takes the text of a token, or the name of one that has none where that matters: then it is hidden.
+    fn read_piece(&mut self, token: Token) -> crate::error::Result<bool> {
+        self.piece.clear();
+        self.model.token_to_piece(token, false, &mut self.piece)?;
+        let hidden = self.piece.is_empty() && self.text.preserves(token);
+        if hidden {
+            self.model.token_to_piece(token, true, &mut self.piece)?;
+        }
+        Ok(hidden)
     }
 
     fn named(&self, token: Token, logprob: TokenLogprob) -> Logprob {
@@ -217,6 +260,9 @@ impl Generation {
         }
         if let Some(stop) = self.text.finish(&mut self.shown) {
             (reason, stop_string) = (StopReason::StopString, Some(self.stop_text(stop)));
+        }
+        if reason == StopReason::Eos && self.text.n_calls() > 0 {
+            reason = StopReason::ToolCalls;
         }
         self.show(None);
         self.sink.finish(Outcome { stop_reason: reason, stop_string, error });

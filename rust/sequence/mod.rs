@@ -1,6 +1,7 @@
 //! ④ One actor, one thread, one prediction at a time.
 
 mod actor;
+mod calling;
 mod generation;
 mod lease;
 pub mod logits;
@@ -17,8 +18,10 @@ pub use generation::{Drawn, Logprob, StopReason};
 pub use lease::{Lease, Sequences};
 pub use reasoning::Reasoning;
 pub use state::Fingerprint;
+pub use text::calls::CallEvent;
 pub use text::segments::Mark;
 
+use crate::chat::CallSpec;
 use crate::context::job::{Chat, Dropped, End, Flow, Overflow};
 use crate::error::{Error, Result};
 use crate::llama::Token;
@@ -54,6 +57,8 @@ pub struct Request {
     pub text: TextOptions,
     /// How reasoning is told from content; `None` takes all for content.
     pub reasoning: Option<Reasoning>,
+    /// How calls of tools are told from both; `None` looks for none.
+    pub calls: Option<CallSpec>,
     /// Tokens at most; `None` has no limit.
     pub max_tokens: Option<usize>,
     /// Text that the answer begins with.

@@ -13,8 +13,9 @@
 //! count bytes from the start of the content. Nothing here knows threads, llama.cpp or a clock.
 //!
 //! [`segments`] has what a model says that reasons before it answers: two such streams behind one that
-//! finds the borders.
+//! finds the borders. [`calls`] has what calls tools, before that.
 
+pub mod calls;
 pub mod segments;
 
 use std::collections::VecDeque;
@@ -81,6 +82,8 @@ pub struct TextStream {
     trim: Option<Trim>,
     batcher: Option<Batcher>,
     pending: Pending,
+    /// Whether `trim` holds white space back for a while only.
+    keeps_tail: bool,
     done: bool,
 }
 
@@ -93,8 +96,23 @@ impl TextStream {
             trim: options.trim_trailing_whitespace.then(Trim::default),
             batcher: options.batching.map(Batcher::new),
             pending: Pending::default(),
+            keeps_tail: false,
             done: false,
         }
+    }
+
+    /// Holds white space at the end back until more text follows or all text ends: it may turn out to stand before
+    /// something that is no text.
+    pub fn hold_tail(&mut self) {
+        self.keeps_tail = self.trim.is_none();
+        self.trim.get_or_insert_default();
+    }
+
+    /// Publishes what waits for a batch, and drops white space at the end: something else follows that is no text.
+    pub fn drop_tail(&mut self, out: &mut String) {
+        self.flush(out);
+        let mut tail = String::new();
+        self.pending.publish(self.pending.end(), &mut tail);
     }
 
     /// Publishes the response prefix: content like the rest, but no stop matches in it or across its end.
@@ -208,7 +226,7 @@ impl TextStream {
             stop: self.pending.between(found.start, found.end).to_owned(),
             tokens: found.tokens,
         });
-        let limit = self.trimmed(cut);
+        let limit = if self.keeps_tail { cut } else { self.trimmed(cut) };
         self.pending.publish(limit, out);
         stop
     }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llamactor.chat.messages import AssistantMessage, Message, ToolMessage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from llamactor.chat.tools import ToolCalls, ToolUse
     from llamactor.prediction import PredictionResult, StopReason
@@ -48,10 +48,14 @@ class Rounds:
         is_last = self._use.max_rounds == self.ended + 1 and self.may_follow
         return () if is_last else self._use.tools.definitions
 
-    @property
-    def choice(self) -> str:
-        """What this round must call: when it has called what it must, the model is free."""
-        return self._use.choice if self.ended == 0 or self._use.choice == "none" else "auto"
+    def choice(self, messages: Iterable[Message]) -> str | None:
+        """Return what this round may or must call; None where nobody speaks of tools.
+
+        When the model has called what it must, it is free.
+        """
+        if self.definitions:
+            return self._use.choice if self.ended == 0 or self._use.choice == "none" else "auto"
+        return "none" if any(map(_is_about_tools, messages)) else None
 
     def end(self, last: PredictionResult, answer: AssistantMessage) -> None:
         """End a round; its calls are being carried out."""
@@ -88,3 +92,7 @@ class Rounds:
             # Many templates want an answer before the user speaks again.
             messages.append(AssistantMessage())
         return messages
+
+
+def _is_about_tools(message: Message) -> bool:
+    return isinstance(message, ToolMessage) or bool(getattr(message, "tool_calls", ()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
@@ -39,6 +39,19 @@ class ReasoningTags(msgspec.Struct, frozen=True):
     """Whether the prompt has opened them already."""
 
 
+class CallFormat(msgspec.Struct, frozen=True):
+    """How an answer calls tools: what it must obey, and how it is read."""
+
+    name: str
+    """llama.cpp's name of the format, or "hermes" for the library's own."""
+    described: bool
+    """Whether the template has no format of its own, so that the prompt describes one."""
+    reader: dict[str, Any]
+    """How calls are found in the answer: the core's option ``calls``."""
+    constraint: dict[str, Any] | None
+    """What the answer must obey: the core's option ``constraint``; None if nothing."""
+
+
 class RenderedChat(msgspec.Struct, frozen=True):
     """A prompt made of messages."""
 
@@ -55,6 +68,12 @@ class RenderedChat(msgspec.Struct, frozen=True):
     neutralised: bool
     """Whether control tokens that contents name were hidden from the template, which looks for
     them, so that the text may differ from what it would make of them."""
+    calls: CallFormat | None = None
+    """How the answer may call tools; None if it may not, or nobody asked."""
+
+
+ToolChoice: TypeAlias = str
+"""What may be called: "auto", "none", "required", or the name of one tool, which is required."""
 
 
 async def render_chat(
@@ -63,11 +82,17 @@ async def render_chat(
     messages: Sequence[Message],
     *,
     tools: Sequence[Mapping[str, Any]] = (),
+    tool_choice: ToolChoice | None = None,
+    parallel_tools: bool = True,
     add_generation_prompt: bool = True,
     open_ended: bool = False,
     kwargs: Mapping[str, Any] | None = None,
 ) -> RenderedChat:
     """Return the prompt that a template makes of messages.
+
+    A template that knows no tools is given them as text, if `tool_choice` is: the system message
+    says what they are and how they are called (in a first message of the user where the template
+    refuses a system message), calls are written into the answers, and results are what a user says.
 
     Cancelling this keeps nothing.
 
@@ -77,6 +102,9 @@ async def render_chat(
         messages: The history; tokens that an `AssistantMessage` carries are kept where the
             template shows its text unchanged or only trimmed.
         tools: Definitions as JSON Schema, as OpenAI's interface has them.
+        tool_choice: What may be called, or None: then tools are the template's own affair, and the
+            answer is not said to call any. The name of a tool leaves the others out.
+        parallel_tools: Whether the answer may call several.
         add_generation_prompt: End with the header of an answer.
         open_ended: End with the last message's content, nothing behind it.
         kwargs: Further names for the template, such as ``enable_thinking``.
@@ -84,13 +112,17 @@ async def render_chat(
     Raises:
         ChatTemplateError: the template fails, refuses the messages, or leaves one out.
         ClosedError: the model is closed.
+        ValueError: `tool_choice` names no tool.
     """
     hub = hub_for(running_loop("render_chat"))
+    tools, choice = _chosen(tools, tool_choice)
     request: dict[str, Any] = {
         "template": template,
         "messages": [_for_template(message) for message in messages],
         "turns": [_turn(message) for message in messages],
         "tools": tools,
+        "tool_choice": choice,
+        "parallel_tools": parallel_tools,
         "kwargs": kwargs or {},
         "add_generation_prompt": add_generation_prompt and not open_ended,
         "open_ended": open_ended,
@@ -101,6 +133,20 @@ async def render_chat(
     if outcome.rendered is None:
         raise ChatTemplateError(outcome.unsupported)
     return outcome.rendered
+
+
+def _chosen(
+    tools: Sequence[Mapping[str, Any]], choice: ToolChoice | None
+) -> tuple[Sequence[Mapping[str, Any]], str | None]:
+    """Return the tools to offer and what may be called, as the core has it."""
+    if choice is None or choice in ("auto", "none"):
+        return tools, choice
+    if choice != "required":
+        named = [tool for tool in tools if tool.get("function", tool).get("name") == choice]
+        tools, choice = named, f"the tool {choice!r}"
+    if not tools:
+        raise ValueError(f"tool_choice wants {choice}, but there is no such tool")
+    return tools, "required"
 
 
 class _Outcome(msgspec.Struct, frozen=True):

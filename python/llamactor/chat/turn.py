@@ -294,6 +294,7 @@ class Turn:
             request.template,
             messages,
             tools=self._rounds.definitions,
+            tool_choice=self._rounds.choice(messages),
             add_generation_prompt=not request.open_ended,
             open_ended=request.open_ended,
             kwargs=request.template_kwargs,
@@ -337,6 +338,8 @@ class Turn:
         native["stop"] = [*native["stop"], *rendered.stops]
         if not self._request.open_ended:
             native["reasoning"] = _marks(rendered.reasoning)
+        if rendered.calls is not None:
+            native["calls"] = rendered.calls.reader
         if self._rounds.ended:
             native["response_prefix"], native["max_tokens"] = None, self._rounds.left
         if self._deadline is not None:

@@ -14,6 +14,7 @@
 
 use std::collections::VecDeque;
 
+use super::calls::CallEvent;
 use super::{Batching, Found, Pending, StopMatch, Stops, TextOptions, TextStream, Utf8Assembler};
 use crate::llama::Token;
 
@@ -46,7 +47,7 @@ pub struct SegmentOptions {
 }
 
 /// What happens between two stretches of text. Tokens are counted from the first that was pushed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Mark {
     /// Reasoning begins, with this token.
     Open {
@@ -65,6 +66,8 @@ pub enum Mark {
         /// The token of its first character.
         token: usize,
     },
+    /// A tool is called.
+    Call(CallEvent),
 }
 
 /// Text that may be published, and the marks in it, each with the byte before which it stands.
@@ -83,7 +86,8 @@ impl Parts {
         self.marks.clear();
     }
 
-    fn mark(&mut self, mark: Mark) {
+    /// Puts a mark behind the text.
+    pub(super) fn mark(&mut self, mark: Mark) {
         self.marks.push((self.text.len(), mark));
     }
 }
@@ -144,15 +148,16 @@ impl Finder {
 /// Which token each pending character began in.
 #[derive(Default)]
 struct Origins {
-    /// The token of the first entry.
+    /// The token of text that is older than the first entry.
     first: usize,
-    /// Where the text of each token starts.
-    starts: VecDeque<usize>,
+    /// Where the text of a token starts, and which it is.
+    starts: VecDeque<(usize, usize)>,
 }
 
 impl Origins {
     fn token_at(&self, position: usize) -> usize {
-        self.first + self.starts.partition_point(|&start| start <= position).saturating_sub(1)
+        let place = self.starts.partition_point(|&(start, _)| start <= position).saturating_sub(1);
+        self.starts.get(place).map_or(self.first, |&(_, token)| token)
     }
 
     /// The next token is this one; nothing is pending.
@@ -163,9 +168,8 @@ impl Origins {
 
     /// Drops the tokens whose text lies before `position` as a whole.
     fn forget(&mut self, position: usize) {
-        while self.starts.get(1).is_some_and(|&next| next <= position) {
+        while self.starts.get(1).is_some_and(|&(next, _)| next <= position) {
             self.starts.pop_front();
-            self.first += 1;
         }
     }
 }
@@ -205,6 +209,10 @@ pub struct Segments {
     closing: Vec<Token>,
     /// How many of `closing` have come, once they are due.
     n_forced: Option<usize>,
+    /// Whether calls are looked for before text comes here: then what follows reasoning within a token goes back.
+    precedes_calls: bool,
+    /// What goes back, and the token it belongs to.
+    rest: Option<(usize, Vec<u8>)>,
     scratch: String,
     done: bool,
 }
@@ -232,9 +240,17 @@ impl Segments {
             budget: options.budget,
             closing: options.closing,
             n_forced: None,
+            precedes_calls: false,
+            rest: None,
             scratch: String::new(),
             done: false,
         }
+    }
+
+    /// Says that text was searched for calls before it comes here.
+    pub fn precede_calls(&mut self) {
+        self.precedes_calls = true;
+        self.content.hold_tail();
     }
 
     /// Opens the segment that the prompt has opened and publishes the response prefix, in which tags count by their
@@ -281,15 +297,28 @@ impl Segments {
     /// Takes in one token and its bytes, as [`TextStream::push`] does.
     #[must_use = "a match ends the generation"]
     pub fn push(&mut self, token: Token, piece: &[u8], now: f64, out: &mut Parts) -> Option<StopMatch> {
+        self.take(self.n_tokens, Some(token), piece, now, out)
+    }
+
+    /// Takes in the text of the token with this number: all of it, or without its name more of it.
+    #[must_use = "a match ends the generation"]
+    pub fn take(
+        &mut self,
+        number: usize,
+        token: Option<Token>,
+        piece: &[u8],
+        now: f64,
+        out: &mut Parts,
+    ) -> Option<StopMatch> {
         if self.done {
             return None;
         }
-        self.n_tokens += 1;
+        self.n_tokens = number + 1;
         if let Some(n_forced) = self.n_forced {
             self.push_forced(n_forced + 1, out);
             return None;
         }
-        self.n_reasoned += usize::from(self.inside);
+        self.n_reasoned += usize::from(self.inside && token.is_some());
         let found = self.push_drawn(token, piece, now, out);
         if found.is_none() {
             self.close_if_exhausted(now, out);
@@ -306,16 +335,20 @@ impl Segments {
         }
     }
 
-    fn push_drawn(&mut self, token: Token, piece: &[u8], now: f64, out: &mut Parts) -> Option<StopMatch> {
+    fn push_drawn(&mut self, token: Option<Token>, piece: &[u8], now: f64, out: &mut Parts) -> Option<StopMatch> {
         let at = self.decode(token, piece);
         let mut at = self.skip_blank(at);
         // Text after a tag belongs to no token that a list could name.
-        let mut name = Some(token);
+        let mut name = token;
         while let Some(found) = self.finders[usize::from(self.inside)].push(name, self.pending.since(at), at) {
             if !self.is_tag(&found) {
                 return Some(self.stop(found, now, out));
             }
             self.cross(&found, now, out);
+            if self.precedes_calls && !self.inside {
+                self.give_back(found.end);
+                return None;
+            }
             (at, name) = (self.skip_blank(found.end), None);
         }
         let limit = self.finders[usize::from(self.inside)].free(self.pending.end());
@@ -324,8 +357,8 @@ impl Segments {
     }
 
     /// Adds the characters that a token completes to the pending text; returns where they start.
-    fn decode(&mut self, token: Token, piece: &[u8]) -> usize {
-        if self.finders[usize::from(self.inside)].begins_with(token) {
+    fn decode(&mut self, token: Option<Token>, piece: &[u8]) -> usize {
+        if token.is_some_and(|token| self.finders[usize::from(self.inside)].begins_with(token)) {
             // A tag without text must not join what stands before and after it.
             self.utf8.finish(&mut self.pending.text);
         }
@@ -334,7 +367,7 @@ impl Segments {
         self.utf8.push(piece, &mut self.pending.text);
         // The character that was begun belongs to the token that began it.
         let first = self.pending.since(at).chars().next().map_or(1, char::len_utf8);
-        self.origins.starts.push_back(at + if begun { first } else { 0 });
+        self.origins.starts.push_back((at + if begun { first } else { 0 }, self.n_tokens - 1));
         at
     }
 
@@ -346,6 +379,15 @@ impl Segments {
         if self.done {
             return None;
         }
+        let stop = self.drain(out);
+        if stop.is_none() {
+            self.end(self.pending.end(), 0.0, out);
+        }
+        stop
+    }
+
+    /// Finds what waited for a tag or stop that could still begin before it.
+    fn drain(&mut self, out: &mut Parts) -> Option<StopMatch> {
         let mut at = self.pending.end();
         self.utf8.finish(&mut self.pending.text);
         while let Some(found) = self.finders[usize::from(self.inside)].finish(self.pending.since(at), at) {
@@ -355,7 +397,6 @@ impl Segments {
             self.cross(&found, 0.0, out);
             at = self.skip_blank(found.end);
         }
-        self.end(self.pending.end(), 0.0, out);
         None
     }
 
@@ -373,6 +414,61 @@ impl Segments {
         self.release(limit, now, out);
         self.finish_stream(out);
         self.done = true;
+    }
+
+    // ---- calls ---------------------------------------------------------------------------------
+
+    /// Whether what comes next is reasoning.
+    pub fn is_inside(&self) -> bool {
+        self.inside
+    }
+
+    /// Whether the prompt opened a segment.
+    pub fn begins_inside(&self) -> bool {
+        self.opened
+    }
+
+    /// Lets go of the text behind the end of reasoning: it is searched first.
+    fn give_back(&mut self, from: usize) {
+        let mut text = self.pending.since(from).as_bytes().to_vec();
+        text.extend_from_slice(&self.utf8.partial[..self.utf8.len]);
+        self.utf8.len = 0;
+        self.drop_text(self.pending.end());
+        self.rest = Some((self.n_tokens - 1, text)).filter(|(_, text)| !text.is_empty());
+    }
+
+    /// Whether there is text to take back.
+    pub fn has_rest(&self) -> bool {
+        self.rest.is_some()
+    }
+
+    /// Takes text back that came behind the end of reasoning, with the number of its token.
+    pub fn take_rest(&mut self) -> Option<(usize, Vec<u8>)> {
+        self.rest.take()
+    }
+
+    /// Publishes the content that was held back, but for white space at its end: a call comes, with this token.
+    ///
+    /// Returns a stop string that was complete but still waited, as [`finish`](Self::finish) does.
+    #[must_use = "a waiting stop string may have matched"]
+    pub fn interrupt(&mut self, token: usize, out: &mut Parts) -> Option<StopMatch> {
+        if let Some(stop) = self.drain(out) {
+            return Some(stop);
+        }
+        if matches!(self.blank, Blank::Held(_)) {
+            self.drop_text(self.pending.end());
+        } else {
+            self.release(self.pending.end(), 0.0, out);
+        }
+        self.finders[usize::from(self.inside)].reset();
+        self.content.drop_tail(&mut out.text);
+        self.note_content(token, out);
+        None
+    }
+
+    /// A call has ended: white space behind it is nothing.
+    pub fn follow_call(&mut self) {
+        self.blank = Blank::Dropped;
     }
 
     // ---- borders -------------------------------------------------------------------------------
@@ -518,10 +614,10 @@ mod tests {
     impl Split {
         fn take(&mut self, parts: &Parts) {
             let mut start = 0;
-            for &(end, mark) in &parts.marks {
-                self.add(&parts.text[start..end]);
-                self.apply(mark);
-                start = end;
+            for (end, mark) in &parts.marks {
+                self.add(&parts.text[start..*end]);
+                self.apply(mark.clone());
+                start = *end;
             }
             self.add(&parts.text[start..]);
         }
@@ -548,6 +644,7 @@ mod tests {
                     assert_eq!(closed, None, "closed twice");
                     self.tokens.last_mut().expect("a segment").1 = token;
                 }
+                Mark::Call(call) => panic!("nobody looks for {call:?}"),
             }
         }
 
