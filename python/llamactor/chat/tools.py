@@ -25,12 +25,7 @@ from llamactor import _checks as check
 from llamactor.calls import ToolCall, json_object
 from llamactor.chat.messages import ToolMessage
 from llamactor.chat.template import check_tool_definitions
-from llamactor.errors import (
-    LlamactorError,
-    SchemaValidationError,
-    ToolCallError,
-    ToolExecutionError,
-)
+from llamactor.errors import LlamactorError, ToolCallError, ToolExecutionError
 from llamactor.prediction import ToolResult
 from llamactor.schema import schema_of, schema_of_function
 
@@ -59,7 +54,6 @@ CHOICES = ("auto", "none", "required")
 """Choices of tools that are no names."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_UNSAFE_RESULT = "its result cannot be JSON"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,10 +82,12 @@ class Tool:
         parameters = _parameters(self.name, self.parameters)
         if self.handler is not None:
             check.check_callable("handler", self.handler)
+            _check_schema(self.name, parameters)
         if self.timeout is not None:
             check.check_float("timeout", self.timeout, 0.0, above=True, hint="in seconds")
         _freeze(self, "parameters", parameters)
-        _freeze(self, "_convert", _reader(parameters))
+        schema: Schema[dict[str, Any]] = schema_of(parameters)
+        _freeze(self, "_convert", schema.convert_value)
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -170,9 +166,9 @@ def _of_function(
         name=schema.name if name is None else name,
         description=schema.description if description is None else description,
         parameters=schema.json,
-        handler=function,
         timeout=timeout,
     )
+    _freeze(made, "handler", function)
     _freeze(made, "_convert", schema.convert_arguments)
     return made
 
@@ -196,12 +192,16 @@ def _parameters(name: str, value: object) -> dict[str, Any]:
     return parameters
 
 
-def _reader(parameters: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What checks arguments against a schema; a schema that is none is refused here."""
-    schema: Schema[dict[str, Any]] = schema_of(parameters)
-    with contextlib.suppress(SchemaValidationError):
-        schema.convert_value({})
-    return schema.convert_value
+def _check_schema(name: str, parameters: dict[str, Any]) -> None:
+    import jsonschema  # a large one, which tools made of functions do not need
+
+    try:
+        jsonschema.validators.validator_for(parameters).check_schema(parameters)
+    except jsonschema.SchemaError as error:
+        place = "/".join(map(str, error.absolute_path))
+        raise ValueError(
+            f"parameters of {name!r} are no JSON Schema: {error.message} at {place!r}"
+        ) from None
 
 
 def _freeze(made: Tool, name: str, value: object) -> None:
@@ -280,7 +280,7 @@ def _bare(item: Mapping[str, Any]) -> tuple[Tool, Mapping[str, Any]]:
     made = Tool(
         name=function["name"],
         description=function.get("description") or "",
-        parameters=function.get("parameters") or {},
+        parameters={} if function.get("parameters") is None else function["parameters"],
     )
     return made, definition
 
@@ -506,14 +506,21 @@ async def _run(wanted: Tool, call: ToolCall) -> str:
         ToolExecutionError: it failed, or took too long, or its result cannot be said.
     """
     handler: Any = wanted.handler
+    cause: BaseException
     try:
         async with asyncio.timeout(wanted.timeout) as limit:
             result = await _called(handler, **wanted.arguments(call))
         return _text(result)
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        reason, cause = "what it waited for was cancelled", error
     except Exception as error:
         late = isinstance(error, TimeoutError) and limit.expired()
         reason = f"it took longer than {wanted.timeout} s" if late else _named(error)
-        raise ToolExecutionError(f"the tool {call.name!r} failed: {reason}", call) from error
+        cause = error
+    raise ToolExecutionError(f"the tool {call.name!r} failed: {reason}", call) from cause
 
 
 def _named(error: Exception) -> str:
@@ -535,7 +542,7 @@ def _plain(value: object) -> object:
     """What JSON can say of an object that msgspec does not know: a pydantic model."""
     dump = getattr(value, "model_dump", None)
     if dump is None:
-        raise TypeError(f"{_UNSAFE_RESULT}: it has {check.describe(value)}")
+        raise TypeError(f"its result cannot be JSON: it has {check.describe(value)}")
     return dump(mode="json")
 
 
