@@ -22,7 +22,7 @@ from llamactor.chat.tools import Toolbox, ToolCalls, ToolUse, check_tool_use, to
 from tests.contexts import soon, until
 
 PRICES = {"apple": "$6", "banana": "$4"}
-BARE = {
+BARE: dict[str, Any] = {
     "name": "get_price",
     "description": "Get the price of a fruit",
     "parameters": {
@@ -185,7 +185,7 @@ def test_what_is_no_tool_is_refused_at_the_call(tools: Any, reason: str) -> None
     ("fields", "error", "reason"),
     [
         ({"parameters": {"type": "array"}}, ValueError, "must be the JSON Schema of an object"),
-        ({"parameters": {"properties": {"a": {"type": "strin"}}}}, ValueError, "JSON Schema"),
+        ({"parameters": {"properties": {"a": {"type": "strin"}}}}, ValueError, "no JSON Schema"),
         ({"parameters": {"x": object()}}, TypeError, "parameters of 't'"),
         ({"description": 5}, TypeError, "description"),
         ({"handler": 5}, TypeError, "handler must be callable"),
@@ -195,7 +195,7 @@ def test_what_is_no_tool_is_refused_at_the_call(tools: Any, reason: str) -> None
 )
 def test_a_tool_checks_itself(fields: dict[str, Any], error: type[Exception], reason: str) -> None:
     with pytest.raises(error, match=reason):
-        Tool("t", **fields)
+        Tool("t", **{"handler": str, **fields})
 
 
 def test_parameters_that_no_model_can_fill_are_refused() -> None:
@@ -316,7 +316,7 @@ async def test_handlers_are_functions_of_every_kind() -> None:
         async def __call__(self) -> str:
             return "object"
 
-    handlers = [coroutine, lambda: "plain", lambda: coroutine(), Async()]
+    handlers: list[Any] = [coroutine, lambda: "plain", lambda: coroutine(), Async()]
     tools = [Tool(f"t{i}", handler=handler) for i, handler in enumerate(handlers)]
     calls = [call(one.name) for one in tools]
     assert await Round(*tools).answers(*calls) == ["coroutine", "plain", "coroutine", "object"]

@@ -402,13 +402,16 @@ class Turn:
             return result
         ended = self._deferred.rounds
         last = self._deferred.last_round() if ended > self._rounds.ended else None
-        ending = None
-        if last is not None:
-            was_cut = last.stop_reason in (None, "cancelled")
-            if last.tokens or not was_cut:
-                ending = self._answer(last, () if was_cut else last.tool_calls)
+        ending = None if last is None else self._ending(last)
         said = self._rounds.said(ending, result.stop_reason)
         return msgspec.structs.replace(result, rounds=max(ended, 1), messages=tuple(said))
+
+    def _ending(self, last: PredictionResult) -> AssistantMessage | None:
+        """What the last round has said; None for nothing, which a cut call is too."""
+        if last.stop_reason not in (None, "cancelled"):
+            return self._answer(last, last.tool_calls)
+        only_calls = self._rounds.definitions and not (last.content or last.reasoning)
+        return None if only_calls or not last.tokens else self._answer(last, ())
 
     def _settled(self, result: PredictionResult, error: BaseException | None) -> None:
         """Take over what the turn has changed; on the loop, before anybody hears of the end."""
