@@ -356,8 +356,13 @@ impl Log {
     }
 
     fn note_after(&mut self, n_tokens: usize, event: Event) {
-        let at = if self.is_inside() { self.reasoning.len() } else { self.text.len() };
+        let at = self.place();
         self.notes.push(Note { at, n_tokens, event });
+    }
+
+    /// Where a note stands now.
+    fn place(&self) -> usize {
+        if self.is_inside() { self.reasoning.len() } else { self.text.len() }
     }
 
     fn is_inside(&self) -> bool {
@@ -412,8 +417,8 @@ impl Log {
     /// Adds arguments to those that nobody has read yet. Whether there are any.
     fn join_delta(&mut self, index: usize, more: &str) -> bool {
         let n_read = self.readers.iter().flatten().map(|reader| reader.notes).max().unwrap_or(0);
-        let (n_notes, n_tokens) = (self.notes.len(), self.tokens.len());
-        match self.notes.last_mut().filter(|_| n_read < n_notes) {
+        let (n_notes, n_tokens, here) = (self.notes.len(), self.tokens.len(), self.place());
+        match self.notes.last_mut().filter(|last| n_read < n_notes && last.at == here) {
             Some(Note { event: Event::Call(CallEvent::Delta { index: last, text }), n_tokens: of_note, .. })
                 if *last == index =>
             {
@@ -778,6 +783,72 @@ mod tests {
         assert_eq!((finished.reasoning.as_str(), finished.text.as_str(), finished.content_start), ("hm", "yes", 3));
     }
 
+    fn call(event: CallEvent) -> [(usize, Mark); 1] {
+        [(0, Mark::Call(event))]
+    }
+
+    fn start(index: usize) -> CallEvent {
+        CallEvent::Start { index, id: format!("id{index}"), name: "now".into() }
+    }
+
+    fn delta(index: usize, text: &str) -> CallEvent {
+        CallEvent::Delta { index, text: text.into() }
+    }
+
+    fn end(index: usize) -> CallEvent {
+        CallEvent::End { index, arguments: "{}".into() }
+    }
+
+    #[test]
+    fn calls_come_as_events_in_their_place_and_late_readers_get_their_deltas_joined() {
+        let mut log = Log::new(None);
+        let early = log.open_reader(true);
+        log.append(drawn(1), "So.");
+        log.append_marked(drawn(2), "", &call(start(0)));
+        log.append_marked(drawn(3), "", &call(delta(0, "{")));
+        let so_far = [text("So.", &[1, 2]), Event::Call(start(0)), Event::Call(delta(0, "{"))];
+        assert_eq!(all_events(&mut log, early), so_far);
+        let late = log.open_reader(true);
+        log.append_marked(drawn(4), "", &call(delta(0, "}")));
+        log.append_marked(drawn(5), "", &call(end(0)));
+        log.append_marked(drawn(6), "", &call(start(1)));
+        for text in ["{", "\"a\"", ":1"] {
+            log.append_marked(None, "", &call(delta(1, text)));
+        }
+        log.finish(outcome());
+        let rest = [delta(0, "}"), end(0), start(1), delta(1, "{\"a\":1")].map(Event::Call);
+        let silent = [text("", &[3, 4, 5, 6])];
+        assert_eq!(all_events(&mut log, early), [&rest[..], &silent].concat());
+        assert_eq!(all_events(&mut log, late), [&so_far[..], &rest, &silent].concat());
+    }
+
+    #[test]
+    fn calls_that_are_whole_are_in_the_outcome_and_in_their_round() {
+        let mut log = Log::deferred(None);
+        log.begin(true);
+        log.append_marked(drawn(1), "", &call(start(0)));
+        log.append_marked(drawn(2), "", &call(end(0)));
+        log.append_marked(drawn(3), "", &call(start(1)));
+        log.finish(outcome());
+        log.begin(true);
+        log.append_marked(drawn(4), "", &call(start(0)));
+        log.append_marked(drawn(5), "", &call(end(0)));
+        log.finish(outcome());
+        assert_eq!((log.finished().calls.len(), log.round().map(|round| round.calls.len())), (2, Some(1)));
+    }
+
+    #[test]
+    fn a_reader_that_follows_a_long_call_does_not_lag() {
+        let mut log = Log::new(Some(MAX_PENDING));
+        let reader = log.open_reader(true);
+        for token in 0..2 * MAX_PENDING as Token {
+            log.append_marked(drawn(token), "", &call(delta(0, "x")));
+        }
+        assert!(log.lags());
+        assert!(log.read_event(reader).is_some());
+        assert!(!log.lags());
+    }
+
     #[test]
     fn what_is_open_at_the_end_ends_there_unclosed() {
         let mut log = Log::new(None);
@@ -1055,6 +1126,8 @@ mod tests {
         Cross(bool, &'static str),
         Progress,
         Shift(usize),
+        /// A call's arguments go on.
+        Call(&'static str),
         Note,
         /// The round ends and the next begins.
         Round,
@@ -1071,6 +1144,7 @@ mod tests {
             2 => (prop::bool::weighted(0.8), piece).prop_map(|(token, piece)| Op::Cross(token, piece)),
             2 => Just(Op::Progress),
             2 => (1..9usize).prop_map(Op::Shift),
+            3 => prop::sample::select(vec!["{", "\"a\"", ": 1}"]).prop_map(Op::Call),
             1 => Just(Op::Note),
             1 => Just(Op::Round),
             2 => any::<bool>().prop_map(Op::Open),
@@ -1093,6 +1167,8 @@ mod tests {
         borders: Vec<(usize, usize)>,
         /// Shifts, and where in all text they came.
         shifts: Vec<(usize, usize)>,
+        /// Characters of arguments, and where in all text they came.
+        arguments: Vec<(usize, char)>,
         /// Notes, and where in all text they came.
         notes: Vec<(usize, usize)>,
         /// How far the prompt was, and where in all text that came.
@@ -1122,6 +1198,10 @@ mod tests {
                 }
                 Event::Shift(dropped) => self.shifts.push((place, dropped)),
                 Event::Prompt { processed, .. } => self.progress.push((place, processed)),
+                Event::Call(CallEvent::Delta { text, .. }) => {
+                    self.arguments.extend(text.chars().map(|c| (place, c)));
+                }
+                Event::Call(event) => panic!("nobody has said {event:?}"),
                 Event::Note(index) => self.notes.push((place, index)),
             }
         }
@@ -1136,6 +1216,7 @@ mod tests {
         borders: Vec<(usize, usize)>,
         tokens: Vec<Token>,
         shifts: Vec<(usize, usize)>,
+        arguments: Vec<(usize, char)>,
         notes: Vec<(usize, usize)>,
         progress: Vec<(usize, usize)>,
         /// Tokens before this round.
@@ -1149,8 +1230,8 @@ mod tests {
             log.begin(true);
             let (text, tokens) = Default::default();
             let (reasoning, reasoned, borders) = Default::default();
-            let (shifts, notes, progress, first, readers) = Default::default();
-            Self { log, text, reasoning, reasoned, borders, tokens, shifts, notes, progress, first, readers }
+            let (shifts, arguments, notes, progress, first, readers) = Default::default();
+            Self { log, text, reasoning, reasoned, borders, tokens, shifts, arguments, notes, progress, first, readers }
         }
 
         fn is_inside(&self) -> bool {
@@ -1173,6 +1254,12 @@ mod tests {
                 Op::Shift(dropped) => {
                     self.shifts.push((self.place(), dropped));
                     self.log.shifted(0, dropped);
+                }
+                Op::Call(arguments) => {
+                    let place = self.place();
+                    self.arguments.extend(arguments.chars().map(|c| (place, c)));
+                    let delta = CallEvent::Delta { index: 0, text: arguments.into() };
+                    self.log.append_marked(None, "", &[(0, Mark::Call(delta))]);
                 }
                 Op::Note => {
                     self.notes.push((self.place(), self.notes.len()));
@@ -1304,6 +1391,7 @@ mod tests {
                     assert_eq!(got.reasoned, self.reasoned, "its tokens are told as such");
                     assert_eq!(got.borders, self.borders, "borders come at their places");
                     assert_eq!(got.shifts, self.shifts, "shifts come at their places");
+                    assert_eq!(got.arguments, self.arguments, "arguments come at theirs");
                     assert_eq!(got.notes, self.notes, "notes come at theirs");
                     self.check_progress(&got.progress);
                 }

@@ -205,12 +205,9 @@ impl Calls {
     #[must_use = "a waiting stop string may have matched"]
     pub fn finish(&mut self, out: &mut Parts) -> Option<StopMatch> {
         while self.unit.is_some() {
-            if let Some(stop) = self.read(true, 0.0, out) {
-                return Some(stop);
-            }
-            self.close_unit();
-            if let Some(stop) = self.scan(0.0, out) {
-                return Some(stop);
+            let stop = self.read(true, 0.0, out).or_else(|| self.close_unit(out));
+            if stop.is_some() {
+                return stop;
             }
         }
         loop {
@@ -354,11 +351,19 @@ impl Calls {
                 }
                 self.tell(&reading, out)
             }
-            None => {
-                let end = self.last_call_end();
-                self.settle(end, now, out)
-            }
+            None => self.fail(now, out),
         }
+    }
+
+    /// Ends a unit that has lost its format. What it said before is told however it came.
+    fn fail(&mut self, now: f64, out: &mut Parts) -> Option<StopMatch> {
+        let good = self.last_good();
+        if let Some(reading) = self.reading(good)
+            && let Some(stop) = self.tell(&reading, out)
+        {
+            return Some(stop);
+        }
+        self.settle(self.end_before(good), now, out)
     }
 
     /// What the first `length` bytes of the unit say; `None` if they do not have the format.
@@ -369,13 +374,12 @@ impl Calls {
         (reading.state != ReadingState::Fail).then_some(reading)
     }
 
-    /// Where the last whole call of a unit ends that has lost its format: the longest beginning that has it whole.
-    fn last_call_end(&self) -> usize {
+    /// The longest beginning of the unit that has the format.
+    fn last_good(&self) -> usize {
         let Some(unit) = &self.unit else { return 0 };
         let ends: Vec<usize> = unit.text.char_indices().map(|(at, _)| at).skip_while(|&at| at < unit.good).collect();
         let n_good = ends.partition_point(|&end| self.reading(end).is_some_and(|reading| !reading.is_short(end)));
-        let best = n_good.checked_sub(1).map_or(unit.good, |last| ends[last]);
-        self.end_before(best)
+        n_good.checked_sub(1).map_or(unit.good, |last| ends[last])
     }
 
     /// The last place up to `limit` where the unit could end; 0 if it has no whole call.
@@ -400,29 +404,32 @@ impl Calls {
         {
             return Some(stop);
         }
-        let unit = self.unit.take()?;
-        self.rewind();
-        if reading.is_some() {
-            self.inner.follow_call();
-            self.held = unit.rest(end);
-            return self.scan(now, out);
-        }
-        self.held = unit.rest(0);
-        let first = self.held.front().map_or(0, |bit| first_character(&bit.text, bit.hidden));
-        let stop = self.release(first, now, out);
-        if stop.is_some() { stop } else { self.scan(now, out) }
+        self.leave(if reading.is_some() { end } else { 0 }, now, out)
     }
 
     /// Ends the unit with the generation. What was not told of it is text; a call that was told stays without an end.
-    fn close_unit(&mut self) {
-        let Some(unit) = &self.unit else { return };
+    fn close_unit(&mut self, out: &mut Parts) -> Option<StopMatch> {
+        let unit = self.unit.as_ref()?;
         let length = unit.text.len();
         let is_cut = unit.told.iter().any(|told| !told.ended);
-        let end = if is_cut { length } else { self.end_before(length) };
-        let Some(unit) = self.unit.take() else { return };
+        self.leave(if is_cut { length } else { self.end_before(length) }, 0.0, out)
+    }
+
+    /// Goes back to searching, behind the calls or, where there are none, behind the first character.
+    fn leave(&mut self, end: usize, now: f64, out: &mut Parts) -> Option<StopMatch> {
+        let unit = self.unit.take()?;
         self.rewind();
-        self.inner.follow_call();
         self.held = unit.rest(end);
+        if end > 0 {
+            self.inner.follow_call();
+        } else {
+            let first = self.held.front().map_or(0, |bit| first_character(&bit.text, bit.hidden));
+            let stop = self.release(first, now, out);
+            if stop.is_some() {
+                return stop;
+            }
+        }
+        self.scan(now, out)
     }
 
     // ---- what is told --------------------------------------------------------------------------
@@ -562,3 +569,6 @@ fn drawn_id() -> String {
     };
     std::iter::repeat_with(sign).take(9).collect()
 }
+
+#[cfg(test)]
+mod tests;
