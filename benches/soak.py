@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=int, default=5)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", default=llamactor.loading.DEFAULT_MODEL)
+    parser.add_argument("--model", default=llamactor.store.refs.DEFAULT_MODEL)
     arguments = parser.parse_args()
     asyncio.run(soak(arguments.model, arguments.minutes, arguments.clients, arguments.seed))
 

@@ -6,8 +6,12 @@ use std::path::{Path, PathBuf};
 
 fn main() {
     let installed = Installed::find();
-    compile("llamactor_shim", "rust/llama/shim.cpp", &[&installed.include()]);
-    compile("llamactor_common", "rust/llama/common.cpp", &[&installed.include(), &installed.common()]);
+    compile("llamactor_shim", "rust/llama/shim.cpp", &[&installed.include(), &installed.source("src", "llama-ext.h")]);
+    compile(
+        "llamactor_common",
+        "rust/llama/common.cpp",
+        &[&installed.include(), &installed.source("common", "chat.h")],
+    );
 }
 
 /// Warns of our file, and not of the headers.
@@ -38,12 +42,12 @@ impl Installed {
         with_file(self.root().join("include"), "llama.h")
     }
 
-    /// The folder of `chat.h`, which is not installed: it lies in the sources that CMake remembers.
-    fn common(&self) -> PathBuf {
+    /// The folder of a header that is not installed: it lies in the sources that CMake remembers.
+    fn source(&self, folder: &str, header: &str) -> PathBuf {
         let cache = with_file(self.root().join("build"), "CMakeCache.txt").join("CMakeCache.txt");
         let cache = std::fs::read_to_string(cache).expect("the CMake cache of llama.cpp can be read");
         let source = cache.lines().find_map(|line| line.strip_prefix("CMAKE_HOME_DIRECTORY:INTERNAL="));
-        with_file(Path::new(source.expect("the CMake cache names its sources")).join("common"), "chat.h")
+        with_file(Path::new(source.expect("the CMake cache names its sources")).join(folder), header)
     }
 
     /// Up from `lib/cmake/ggml`.

@@ -33,6 +33,9 @@ pub enum Error {
     /// A chat template refused the messages, failed, or cannot be had.
     #[error("{0}")]
     ChatTemplate(String),
+    /// A grammar or a schema is malformed, too large, or cannot be kept to.
+    #[error("{0}")]
+    Grammar(String),
     /// llama.cpp failed to decode or to sample.
     #[error("{0}")]
     Decode(String),

@@ -26,7 +26,8 @@ pub mod sequence;
 mod _core {
     #[pymodule_export]
     use crate::python::{
-        Call, Context, Hub, Model, Pattern, Prediction, Sequence, after_fork_in_child, devices, load_model,
-        parse_chat_answer, set_log_level, shutdown, system_info, try_chat_template,
+        BareLoop, Call, Context, Hub, Model, Pattern, Prediction, Sequence, after_fork_in_child, check_model_file,
+        devices, grammar_accepts, load_model, parse_chat_answer, parse_gguf_header, read_gguf_header, set_log_level,
+        shutdown, system_info, try_chat_template,
     };
 }

@@ -28,6 +28,7 @@ PATIENCE = 60.0 * TIME_SCALE
 """Seconds after which a test that waits for something has failed."""
 
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it then
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
@@ -83,6 +84,12 @@ def gate() -> Iterator[Gate]:
     gate = Gate()
     yield gate
     gate.open()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_store(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The default model store of the tests and of the programs that they start."""
+    os.environ["LLAMACTOR_MODELS_DIR"] = str(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="session")

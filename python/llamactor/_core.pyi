@@ -1,7 +1,8 @@
 from types import GenericAlias
-from typing import Generic, TypeVar, final
+from typing import Generic, TypeAlias, TypeVar, final
 
 __all__ = [
+    "BareLoop",
     "Call",
     "Context",
     "Hub",
@@ -10,14 +11,21 @@ __all__ = [
     "Prediction",
     "Sequence",
     "after_fork_in_child",
+    "check_model_file",
     "devices",
+    "grammar_accepts",
     "load_model",
     "parse_chat_answer",
+    "parse_gguf_header",
+    "read_gguf_header",
     "set_log_level",
     "shutdown",
     "system_info",
     "try_chat_template",
 ]
+
+_Usage: TypeAlias = tuple[str, str, bool, int, int, int]
+"""Device, kind of buffer, whether it is the host's memory; bytes of weights, cache and compute."""
 
 _T_co = TypeVar("_T_co", covariant=True)
 
@@ -65,6 +73,15 @@ class Model:
     def save_note(self, hub: Hub, path: str, note: bytes) -> Call[None]: ...
     def load_note(self, hub: Hub, path: str) -> Call[bytes]: ...
     def create_context(self, hub: Hub, options: dict[str, object]) -> Call[Context]: ...
+    def footprint(self, hub: Hub, options: dict[str, object]) -> Call[list[_Usage]]: ...
+    def bare_loop(self, hub: Hub, options: dict[str, object]) -> Call[BareLoop]: ...
+    def close(self, hub: Hub) -> Call[None]: ...
+
+@final
+class BareLoop:
+    def run(
+        self, hub: Hub, prompts: list[list[int]], length: int
+    ) -> Call[tuple[float, float, list[list[int]]]]: ...
     def close(self, hub: Hub) -> Call[None]: ...
 
 @final
@@ -148,4 +165,23 @@ def shutdown(timeout: float) -> None: ...
 def after_fork_in_child() -> None: ...
 def try_chat_template(request: bytes) -> bytes: ...
 def parse_chat_answer(request: bytes) -> bytes: ...
+def grammar_accepts(constraint: dict[str, object], text: str) -> bool: ...
 def set_log_level(level: str) -> None: ...
+
+# Header of a GGUF file, checked against every rule of the format. Read on the caller's thread,
+# without the GIL:
+# {"version": 2 or 3, "alignment": bytes, "data_offset": where the tensor data starts,
+#  "file_size": bytes, "parts": files of a split model, else 1,
+#  "metadata": {key: bool | int | float | str | list[int] | list[bool] | {"type": …, "length": …}},
+#  "tensors": [(name, dimensions (innermost first), type such as "q4_K", offset, bytes)]}.
+# Arrays of up to 1,024 integers or truth values are lists; of all others there are only the type
+# ("string", "float32" …) and the length. ModelNotFoundError, or ModelLoadError with the rule that
+# is broken.
+def read_gguf_header(path: str) -> dict[str, object]: ...
+
+# The same of the first bytes of a file of `file_size` bytes, which messages call `name`; None if
+# the header goes on after `start`.
+def parse_gguf_header(start: bytes, file_size: int, name: str) -> dict[str, object] | None: ...
+
+# Applies every rule that loading the file would, to the other parts of a split model as well.
+def check_model_file(path: str) -> None: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from llamactor import _core
@@ -28,3 +28,15 @@ class Housing(Protocol):
 
     def _home(self) -> Home:
         """Return where a chat with it runs."""
+
+
+@runtime_checkable
+class Moving(Housing, Protocol):
+    """A handle: where a chat with it runs may change."""
+
+    moves: Literal[True]
+    """What tells it from a model."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it will never mean anything again."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from llamactor import _core
+    from llamactor._work import Lease
 
 
 class ContextStats(msgspec.Struct, frozen=True):
@@ -78,6 +79,7 @@ class Context:
         model: _core.Model,
         owner: object,
         chat_template: str | None = None,
+        lease: Lease | None = None,
     ) -> None:
         """Wrap an open native context; made by `Model.create_context`."""
         self._native = native
@@ -85,6 +87,7 @@ class Context:
         self._owner = owner
         self._chat_template = chat_template
         self._closing = False
+        self._lease = lease
         info: dict[str, Any] = native.info()
         self._size: int = info["context_size"]
         self._sequences: int = info["sequences"]
@@ -160,7 +163,15 @@ class Context:
         self._closing = True
         if not self._native.closed:
             hub = hub_for(running_loop("a context"))
-            await finish(hub, self._native.close(hub.native), cancellable=False)
+            try:
+                await finish(hub, self._native.close(hub.native), cancellable=False)
+            finally:
+                self._end_lease()
+
+    def _end_lease(self) -> None:
+        """Let the model go: it is not at work for this context any more."""
+        if self._lease is not None:
+            self._lease.release()
 
     async def __aenter__(self) -> Context:
         """Return itself; never suspends."""
@@ -182,6 +193,9 @@ class Context:
 
     def __del__(self) -> None:
         """Warn of a forgotten context, on whatever thread; dropping the native one releases it."""
-        if getattr(self, "_closing", True) or finalisers_rest() or self._native.closed:
+        if getattr(self, "_closing", True) or finalisers_rest():
+            return
+        self._end_lease()
+        if self._native.closed:
             return
         warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)

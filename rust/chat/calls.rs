@@ -118,22 +118,20 @@ pub fn described(wanted: &Wanted<'_>) -> Option<CallFormat> {
 fn constraint(source: &Source, wanted: &Wanted<'_>, free: &ChatFormat, reader: &CallSpec) -> Value {
     let grammar = |format: &ChatFormat| {
         let text = grammar::of_calls(format, free, wanted.parallel, reader.reasoning_end.is_some())?;
-        Some(json!({"kind": "gbnf", "text": text, "root": "root"}))
+        Some(json!({"kind": "gbnf", "text": text, "root": "root", "preserved": reader.preserved}))
     };
     let required =
         || formats::describe(source, &wanted.request(ToolChoice::Required)).and_then(|format| grammar(&format));
     let found = match wanted.choice {
         ToolChoice::None => None,
         ToolChoice::Required => required(),
-        ToolChoice::Auto if free.grammar_lazy => {
-            grammar(free).map(|of| lazy(of, json!(free.triggers), &free.preserved_tokens))
-        }
+        ToolChoice::Auto if free.grammar_lazy => grammar(free).map(|of| lazy(of, json!(free.triggers))),
         // Without a trigger of its own a call is known by its first key.
-        ToolChoice::Auto => required().map(|of| lazy(of, json!([grammar::first_key()]), &free.preserved_tokens)),
+        ToolChoice::Auto => required().map(|of| lazy(of, json!([grammar::first_key()]))),
     };
     found.unwrap_or_default()
 }
 
-fn lazy(of: Value, triggers: Value, preserved: &[String]) -> Value {
-    json!({"kind": "lazy", "of": of, "triggers": triggers, "preserved": preserved})
+fn lazy(of: Value, triggers: Value) -> Value {
+    json!({"kind": "lazy", "of": of, "triggers": triggers, "preserved": of["preserved"]})
 }

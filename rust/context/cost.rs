@@ -19,10 +19,10 @@
 /// A narrower width must make the round shorter by this factor, and a wider one is taken when its
 /// round is at most longer by it than the best. So, trials aside, a round takes at most `1 + MARGIN`
 /// of the shortest round known: nobody waits much longer for a turn than at the best width.
-pub const MARGIN: f64 = 0.04;
+pub const MARGIN: f64 = 0.02;
 
 /// The share of the running time that repeated trials may lose.
-pub const TRIAL_SHARE: f64 = 0.015;
+pub const TRIAL_SHARE: f64 = 0.01;
 
 /// A round at this many times the best one needs no further calls to be judged.
 const HOPELESS: f64 = 6.0;

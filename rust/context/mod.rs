@@ -53,6 +53,8 @@ pub struct ContextInfo {
     pub n_cells: usize,
     /// Kind of memory.
     pub memory: MemoryKind,
+    /// What its buffers and the model's took when it was opened.
+    pub usages: Vec<llama::Usage>,
 }
 
 /// What everybody who uses a context shares.
@@ -127,12 +129,27 @@ impl Gate {
     }
 }
 
+/// The parameters, with room for as many rows of logits as a decode call may have.
+#[must_use]
+pub fn with_outputs(params: ContextParams) -> ContextParams {
+    ContextParams { n_outputs_max: params.n_seq_max.max(MIN_OUTPUTS), ..params }
+}
+
+/// Makes a `llama_context`, which stays on this thread.
+///
+/// # Errors
+/// `InsufficientMemory`, or `Unsupported` by the model.
+pub fn open(model: &Model, params: &ContextParams) -> Result<llama::Context> {
+    require_memory(model, params)?;
+    llama::Context::new(Arc::clone(model.llama()), params)
+}
+
 /// Starts a context: its decoder thread makes the `llama_context` and reports before it takes work.
 ///
 /// # Errors
 /// What making the context failed with.
 pub fn start(model: &Arc<Model>, params: ContextParams, parking: Budget) -> Result<Arc<Shared>> {
-    let params = ContextParams { n_outputs_max: params.n_seq_max.max(MIN_OUTPUTS), ..params };
+    let params = with_outputs(params);
     let (inbox, messages) = channel();
     let (report, reported) = channel();
     let model = Arc::clone(model);
@@ -144,6 +161,14 @@ pub fn start(model: &Arc<Model>, params: ContextParams, parking: Budget) -> Resu
     reported.recv().map_err(|_| Error::WorkerCrashed("the decoder died while making its context".into()))?
 }
 
+/// What a context would take with its model, of which only an outline is there.
+///
+/// # Errors
+/// As [`llama::Model::footprint`].
+pub fn footprint(model: &Model, params: ContextParams) -> Result<Vec<llama::Usage>> {
+    model.llama().footprint(&with_outputs(params))
+}
+
 /// The decoder thread's life: make the context, tell, run, free.
 fn open_and_run(
     model: Arc<Model>,
@@ -153,11 +178,10 @@ fn open_and_run(
     messages: Receiver<Message>,
     report: Sender<Result<Arc<Shared>>>,
 ) {
-    let context =
-        match require_memory(&model, &params).and_then(|()| llama::Context::new(Arc::clone(model.llama()), &params)) {
-            Ok(context) => context,
-            Err(error) => return drop(report.send(Err(error))),
-        };
+    let context = match open(&model, &params) {
+        Ok(context) => context,
+        Err(error) => return drop(report.send(Err(error))),
+    };
     let shared = Arc::new(share(model, &params, &context, parking, inbox));
     let decoder = decoder::Decoder::new(Arc::clone(&shared), context, params, messages);
     if report.send(Ok(Arc::clone(&shared))).is_ok() {
@@ -210,6 +234,7 @@ fn share(
         n_threads_batch: params.n_threads_batch as usize,
         n_cells: if pooled { per_sequence } else { per_sequence * n_sequences },
         memory,
+        usages: context.usages().unwrap_or_default(),
     };
     Shared {
         layout: layout(params, memory),

@@ -305,7 +305,7 @@ mod tests {
     use super::*;
 
     /// A state of these tokens that takes `SIZE` bytes in all.
-    const SIZE: usize = 1000;
+    const SIZE: usize = 2000;
 
     /// The tokens that every state here begins with: enough of them to be worth putting back.
     const HEAD: usize = MIN_TOKENS;

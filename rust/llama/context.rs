@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use llama_cpp_sys_2 as sys;
 
 use super::batch::Batch;
+use super::footprint::{self, Usage};
 use super::model::Model;
 use super::{guarded, log};
 use crate::error::{Error, Result};
@@ -126,7 +127,7 @@ pub struct ContextParams {
 }
 
 impl ContextParams {
-    fn native(&self) -> sys::llama_context_params {
+    pub(super) fn native(&self) -> sys::llama_context_params {
         // SAFETY: returns plain data.
         let mut native = unsafe { sys::llama_context_default_params() };
         native.n_ctx = self.n_ctx;
@@ -236,6 +237,9 @@ impl Context {
         if model.is_vocab_only() {
             return Err(Error::Unsupported("a model loaded with vocab_only=True has no weights to evaluate".into()));
         }
+        if model.is_outline() {
+            return Err(Error::Unsupported("an outline of a model has no weights to evaluate".into()));
+        }
         let abort = NonNull::from(Box::leak(Box::new(AbortCell { flags: std::ptr::null() })));
         let mut native = params.native();
         native.abort_callback = Some(should_abort);
@@ -305,6 +309,20 @@ impl Context {
     #[must_use]
     pub fn n_ctx_seq(&self) -> usize {
         self.n_ctx_seq
+    }
+
+    /// What its buffers and those of its model take.
+    ///
+    /// # Errors
+    /// `Decode` if llama.cpp cannot say.
+    pub fn usages(&self) -> Result<Vec<Usage>> {
+        footprint::usages(self.ptr)
+    }
+
+    /// Sequences it has.
+    #[must_use]
+    pub fn n_seq_max(&self) -> usize {
+        self.n_seq_max
     }
 
     /// Tokens at most in one decode call, as llama.cpp clamped it.
@@ -517,7 +535,7 @@ fn state_flags(partial: bool) -> u32 {
     if partial { STATE_PARTIAL_ONLY } else { 0 }
 }
 
-fn creation_failure(params: &ContextParams) -> Error {
+pub(super) fn creation_failure(params: &ContextParams) -> Error {
     let reason = log::take_last_error();
     let what = format!("cannot create a context of {} tokens for {} sequences", params.n_ctx, params.n_seq_max);
     let of_memory = ["alloc", "memory", "buffer"].iter().any(|word| reason.contains(word));

@@ -11,6 +11,8 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use crate::error::Error;
+
 /// Header bytes that are read at most; the largest known vocabularies need some 30 MB.
 const MAX_HEADER_BYTES: u64 = 1 << 30;
 /// Longest key, as the GGUF specification has it.
@@ -35,7 +37,7 @@ const MAPPED_ALIGNMENT: u64 = 32;
 const MAX_LAYERS: u64 = 512;
 /// `LLAMA_MAX_EXPERTS`
 const MAX_EXPERTS: u64 = 1024;
-/// Integer arrays up to this length are kept: per-layer values are, vocabularies are not.
+/// Arrays of integers and truth values up to this length are kept: per-layer values are, vocabularies are not.
 const KEPT_INTEGERS: u64 = 1024;
 /// A key of one byte, its type and a value of one byte.
 const SMALLEST_PAIR: u64 = 8 + 1 + 4 + 1;
@@ -313,6 +315,26 @@ impl ValueType {
     fn is_integer(self) -> bool {
         !matches!(self, Self::F32 | Self::F64 | Self::Bool | Self::String | Self::Array)
     }
+
+    /// The name as GGUF's specification has it, in lower case.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::U8 => "uint8",
+            Self::I8 => "int8",
+            Self::U16 => "uint16",
+            Self::I16 => "int16",
+            Self::U32 => "uint32",
+            Self::I32 => "int32",
+            Self::F32 => "float32",
+            Self::Bool => "bool",
+            Self::String => "string",
+            Self::Array => "array",
+            Self::U64 => "uint64",
+            Self::I64 => "int64",
+            Self::F64 => "float64",
+        }
+    }
 }
 
 /// A metadata value.
@@ -342,7 +364,7 @@ pub enum Value {
         element: ValueType,
         /// Number of elements.
         len: u64,
-        /// The elements, of short integer arrays only.
+        /// The elements, of short arrays of integers and truth values only; true is 1.
         integers: Option<Vec<i128>>,
     },
     /// 64 bits, unsigned.
@@ -508,6 +530,20 @@ impl Header {
         })
     }
 
+    /// Reads the header of a file of `size` bytes of which only the first are here, as when it is read over a network;
+    /// `None` if the header goes on after them. `name` is what messages call the file.
+    ///
+    /// # Errors
+    /// The content breaks a rule of GGUF.
+    pub fn read_start(start: &[u8], size: u64, name: &Path) -> Result<Option<Self>, GgufError> {
+        match Self::parse(&mut Start(start), size) {
+            Ok(header) => Ok(Some(header)),
+            // Nothing but `Start` fails here.
+            Err(ReadError::Io(_)) => Ok(None),
+            Err(ReadError::Problem(problem)) => Err(malformed(name, problem)),
+        }
+    }
+
     /// The value of a key.
     #[must_use]
     pub fn get(&self, key: &str) -> Option<&Value> {
@@ -580,6 +616,15 @@ pub fn check_adapter_file(path: &Path) -> Result<Header, GgufError> {
     Ok(header)
 }
 
+impl From<GgufError> for Error {
+    fn from(error: GgufError) -> Self {
+        match error {
+            GgufError::NotFound(_) => Self::ModelNotFound(error.to_string()),
+            _ => Self::ModelLoad(error.to_string()),
+        }
+    }
+}
+
 fn malformed(path: &Path, problem: Problem) -> GgufError {
     GgufError::Malformed { path: path.to_owned(), problem }
 }
@@ -633,6 +678,26 @@ enum ReadError {
 impl From<Problem> for ReadError {
     fn from(problem: Problem) -> Self {
         Self::Problem(problem)
+    }
+}
+
+/// The first bytes of a file: reading past them fails, but not as the end of the file would.
+struct Start<'a>(&'a [u8]);
+
+impl Read for Start<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.fill_buf()?;
+        self.0.read(buffer)
+    }
+}
+
+impl BufRead for Start<'_> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.0.is_empty() { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(self.0) }
+    }
+
+    fn consume(&mut self, amount: usize) {
+        self.0.consume(amount);
     }
 }
 
@@ -825,14 +890,20 @@ impl Reader<'_> {
         match element {
             ValueType::String if key == TOKENS_KEY => self.tokens(len)?,
             ValueType::String => self.skip_strings(key, len)?,
-            _ if element.is_integer() && len <= KEPT_INTEGERS => integers = Some(self.integers(key, element, len)?),
+            _ if len <= KEPT_INTEGERS && (element.is_integer() || element == ValueType::Bool) => {
+                integers = Some(self.integers(key, element, len)?);
+            }
             _ => self.skip(len * element.least_bytes(), &|| format!("array {key:?}"))?,
         }
         Ok(Value::Array { element, len, integers })
     }
 
     fn integers(&mut self, key: &str, element: ValueType, len: u64) -> Result<Vec<i128>, ReadError> {
-        (0..len).map(|_| Ok(self.scalar(key, element)?.as_integer().unwrap_or_default())).collect()
+        let number = |value| match value {
+            Value::Bool(value) => i128::from(value),
+            value => value.as_integer().unwrap_or_default(),
+        };
+        (0..len).map(|_| self.scalar(key, element).map(number)).collect()
     }
 
     fn skip_strings(&mut self, key: &str, len: u64) -> Result<(), ReadError> {
@@ -2117,6 +2188,43 @@ mod tests {
             let _ = check_adapter(&header);
             let _ = check_part_tensors(Path::new("x"), &header, &mut HashSet::new(), false);
         }
+    }
+
+    #[test]
+    fn the_start_of_a_file_gives_its_header_or_nothing_yet() {
+        let bytes = Writer::model().bytes();
+        let whole = parse(&bytes).unwrap();
+        let read = |length: usize| Header::read_start(&bytes[..length], bytes.len() as u64, Path::new("far"));
+        let enough = (0..=bytes.len()).find(|length| read(*length).unwrap().is_some()).unwrap();
+        assert!(enough as u64 <= whole.data_offset);
+        for length in enough..=bytes.len() {
+            assert_eq!(read(length).unwrap().as_ref(), Some(&whole));
+        }
+    }
+
+    #[test]
+    fn the_start_of_a_damaged_file_is_refused_under_its_name() {
+        let refused = Header::read_start(b"<!doctype html>", 15, Path::new("far")).unwrap_err();
+        assert_says(&refused.to_string(), &["far", "web page"]);
+        let bytes = Writer::model().bytes();
+        let short = Header::read_start(&bytes, bytes.len() as u64 - 1, Path::new("far")).unwrap_err();
+        assert_says(&short.to_string(), &["far", "truncated"]);
+    }
+
+    #[test]
+    fn short_arrays_of_integers_and_truth_values_are_kept() {
+        let flags = list(7, &[vec![1], vec![0], vec![2]]);
+        let numbers = list(4, &[7u32, 9].map(|number| number.to_le_bytes().to_vec()));
+        let long = list(0, &vec![vec![3]; KEPT_INTEGERS as usize + 1]);
+        let file = Writer::model().raw("flags", 9, flags).raw("numbers", 9, numbers).raw("long", 9, long);
+        let header = parse(&file.bytes()).unwrap();
+        let kept = |key: &str| match header.get(key) {
+            Some(Value::Array { integers, .. }) => integers.clone(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(kept("flags"), Some(vec![1, 0, 1]));
+        assert_eq!(kept("numbers"), Some(vec![7, 9]));
+        assert_eq!(kept("long"), None);
     }
 
     proptest! {

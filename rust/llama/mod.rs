@@ -6,7 +6,10 @@ mod batch;
 mod bounded;
 mod common;
 mod context;
+mod footprint;
 pub mod gguf;
+#[cfg(test)]
+pub mod grammar;
 mod log;
 mod model;
 mod pretokenizer;
@@ -24,6 +27,7 @@ pub use common::{
     Trigger, parse_answer,
 };
 pub use context::{CancelFlags, Context, ContextParams, Decoded, FlashAttention, KvType};
+pub use footprint::Usage;
 pub use log::{LogLevel, set_log_level};
 pub use model::{LoadParams, Model, OverrideValue, SplitMode};
 pub use sampler::*;

@@ -81,6 +81,8 @@ pub struct LoadParams {
     pub use_mlock: bool,
     /// Load only the vocabulary.
     pub vocab_only: bool,
+    /// Read the header and lay tensors out, but allocate and read none of them.
+    pub outline: bool,
     /// Validate the tensors' data while loading.
     pub check_tensors: bool,
     /// Replaced metadata.
@@ -97,6 +99,7 @@ pub struct Model {
     ptr: NonNull<sys::llama_model>,
     adapters: Vec<(NonNull<sys::llama_adapter_lora>, f32)>,
     vocab_only: bool,
+    outline: bool,
     tables: Tables,
 }
 
@@ -128,7 +131,12 @@ impl Model {
             SplitMode::Row => sys::LLAMA_SPLIT_MODE_ROW,
         };
         native.main_gpu = params.main_gpu;
-        native.load_mode = load_mode(params.use_mmap, params.use_mlock);
+        native.no_alloc = params.outline;
+        native.load_mode = if params.outline {
+            sys::LLAMA_LOAD_MODE_NONE // nothing is read, so there is nothing to map
+        } else {
+            load_mode(params.use_mmap, params.use_mlock)
+        };
         native.vocab_only = params.vocab_only;
         native.check_tensors = params.check_tensors;
         native.progress_callback = Some(report_progress);
@@ -146,9 +154,15 @@ impl Model {
         // SAFETY: the path and every array live until the call returns; upstream catches its own exceptions here.
         let ptr = unsafe { sys::llama_model_load_from_file(c_path.as_ptr(), native) };
         match NonNull::new(ptr) {
-            Some(ptr) => Self { ptr, adapters: Vec::new(), vocab_only: params.vocab_only, tables: Tables::default() }
-                .with_tables(&params.overrides)
-                .with_adapters(&params.lora),
+            Some(ptr) => Self {
+                ptr,
+                adapters: Vec::new(),
+                vocab_only: params.vocab_only,
+                outline: params.outline,
+                tables: Tables::default(),
+            }
+            .with_tables(&params.overrides)
+            .with_adapters(if params.outline { &[] } else { &params.lora }),
             None if progress.stopped => Err(Error::LoadCancelled),
             None => Err(load_failure(path)),
         }
@@ -199,6 +213,12 @@ impl Model {
     #[must_use]
     pub fn is_vocab_only(&self) -> bool {
         self.vocab_only
+    }
+
+    /// Whether it has no weights, only their layout: it can be measured, and tokenises.
+    #[must_use]
+    pub fn is_outline(&self) -> bool {
+        self.outline
     }
 
     /// Tokens in the vocabulary.

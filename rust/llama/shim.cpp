@@ -3,6 +3,8 @@
 
 #include <llama.h>
 
+#include <llama-ext.h>
+
 #include <algorithm>
 #include <climits>
 #include <cstdio>
@@ -88,6 +90,38 @@ int32_t llamactor_logits(llama_context * ctx, int32_t index, float ** row, char 
 int32_t llamactor_set_adapters(llama_context * ctx, llama_adapter_lora ** adapters, size_t count, float * scales,
                                char * message, size_t size) {
     return guarded(message, size, [&] { return llama_set_adapters_lora(ctx, adapters, count, scales); });
+}
+
+// What one kind of buffer holds, in bytes.
+struct llamactor_usage {
+    char device[64];
+    char buffer[64];
+    bool host;
+    uint64_t weights;
+    uint64_t cache;
+    uint64_t compute;
+};
+
+// Writes what the buffers of a context and its model take, and returns how many kinds of them there are.
+int32_t llamactor_footprint(const llama_context * ctx, llamactor_usage * usages, int32_t capacity, char * message,
+                            size_t size) {
+    return guarded(message, size, [&] {
+        int32_t count = 0;
+        for (const auto & [type, bytes] : llama_get_memory_breakdown(ctx)) {
+            if (count == capacity) {
+                break;
+            }
+            llamactor_usage & usage = usages[count++];
+            const ggml_backend_dev_t device = ggml_backend_buft_get_device(type);
+            snprintf(usage.device, sizeof(usage.device), "%s", device ? ggml_backend_dev_name(device) : "");
+            snprintf(usage.buffer, sizeof(usage.buffer), "%s", ggml_backend_buft_name(type));
+            usage.host = ggml_backend_buft_is_host(type);
+            usage.weights = bytes.model;
+            usage.cache = bytes.context;
+            usage.compute = bytes.compute;
+        }
+        return count;
+    });
 }
 
 } // extern "C"

@@ -2,9 +2,10 @@
 
 mod info;
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 pub use info::ModelInfo;
 
@@ -21,6 +22,7 @@ pub struct Model {
     eog_tokens: Vec<Token>,
     suppressed_tokens: Vec<Token>,
     guarded_texts: OnceLock<Vec<String>>,
+    kept: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
 }
 
 impl Model {
@@ -31,7 +33,7 @@ impl Model {
     pub fn load(path: &Path, params: &LoadParams, on_progress: &mut dyn FnMut(f32) -> bool) -> Result<Self> {
         let header = check(path, params)?;
         for (adapter, _) in &params.lora {
-            gguf::check_adapter_file(adapter).map_err(refused)?;
+            gguf::check_adapter_file(adapter)?;
         }
         if !on_progress(0.0) {
             return Err(Error::LoadCancelled);
@@ -43,6 +45,7 @@ impl Model {
             eog_tokens: (0..llama.n_vocab() as Token).filter(|&token| llama.is_eog(token)).collect(),
             suppressed_tokens: llama.suppressed_tokens(),
             guarded_texts: OnceLock::new(),
+            kept: Mutex::default(),
             llama,
             path: path.to_owned(),
             overrides: params.overrides.clone(),
@@ -83,6 +86,20 @@ impl Model {
     #[must_use]
     pub fn guarded_texts(&self) -> &[String] {
         self.guarded_texts.get_or_init(|| self.llama.guarded_texts())
+    }
+
+    /// What a later room keeps with the model: made when it is first asked for, the same from then on.
+    ///
+    /// # Errors
+    /// What making it fails with; then nothing is kept.
+    pub fn keep<T: Any + Send + Sync>(&self, make: impl FnOnce() -> Result<T>) -> Result<Arc<T>> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Ok(known)) = kept.clone().map(Arc::downcast) {
+            return Ok(known);
+        }
+        let made = Arc::new(make()?);
+        *kept = Some(Arc::clone(&made) as Arc<dyn Any + Send + Sync>);
+        Ok(made)
     }
 
     /// The tokens of a prompt, on the caller's stack: BOS first where the model wants it.
@@ -131,12 +148,5 @@ impl Model {
 /// The header's rules, with the overrides that llama.cpp will apply to the same keys.
 fn check(path: &Path, params: &LoadParams) -> Result<gguf::Header> {
     let overrides: Vec<_> = params.overrides.iter().map(|(key, value)| (key.clone(), value.as_gguf())).collect();
-    gguf::check_model_file(path, params.vocab_only, &overrides).map_err(refused)
-}
-
-fn refused(error: gguf::GgufError) -> Error {
-    match error {
-        gguf::GgufError::NotFound(_) => Error::ModelNotFound(error.to_string()),
-        _ => Error::ModelLoad(error.to_string()),
-    }
+    Ok(gguf::check_model_file(path, params.vocab_only, &overrides)?)
 }

@@ -645,7 +645,7 @@ mod tests {
     }
 
     fn outcome() -> Outcome {
-        Outcome { stop_reason: StopReason::Eos, stop_string: None, error: None }
+        Outcome { stop_reason: StopReason::Eos, stop_string: None, error: None, completed: true }
     }
 
     fn with_text(text: &str) -> Log {

@@ -107,13 +107,15 @@ impl Prediction {
                 stop_reason: reason.unwrap_or(last.stop_reason),
                 stop_string: last.stop_string.clone(),
                 error: None,
+                completed: last.completed,
             },
             None => self.cancelled(),
         });
     }
 
     fn cancelled(&self) -> Outcome {
-        Outcome { stop_reason: StopReason::Cancelled, stop_string: None, error: self.cancel_error() }
+        let (stop_reason, error) = (StopReason::Cancelled, self.cancel_error());
+        Outcome { stop_reason, stop_string: None, error, completed: true }
     }
 
     /// Ends it here and now if nothing runs.
@@ -310,7 +312,7 @@ impl Prediction {
         let cancelled = self.why.load(Ordering::SeqCst) == CANCELLED;
         match outcome.error {
             Some(Error::Closed(_)) if cancelled => {
-                Outcome { stop_reason: StopReason::Cancelled, stop_string: None, error: None }
+                Outcome { stop_reason: StopReason::Cancelled, stop_string: None, error: None, completed: true }
             }
             _ => outcome,
         }

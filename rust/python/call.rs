@@ -6,14 +6,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::bare::BareLoop;
 use super::context::Context;
 use super::hub::Hub;
 use super::model::Model;
 use super::process::Native;
 use super::sequence::Sequence;
 use crate::error::{Error, Result};
+use crate::llama::Usage;
 use crate::prediction::Target;
-use crate::sequence::{Done, Lease, Sequences};
+use crate::sequence::{self, BareReplies, Done, Lease, Sequences};
 
 /// What an operation gives.
 pub enum Value {
@@ -21,9 +23,12 @@ pub enum Value {
     Count(usize),
     Floats(Vec<f32>),
     Bytes(Vec<u8>),
+    Usages(Vec<Usage>),
     Model(Arc<crate::model::Model>),
     Context(Arc<Sequences>),
     Sequence(Lease),
+    BareLoop(sequence::BareLoop),
+    Replies(BareReplies),
 }
 
 type OnCancel = Box<dyn FnOnce() + Send>;
@@ -91,7 +96,8 @@ impl State {
 
     /// A value that comes after the cancel has no taker: what it holds is let go here.
     fn unless_cancelled(&self, outcome: Result<Value>) -> Result<Value> {
-        let holds = matches!(outcome, Ok(Value::Sequence(_) | Value::Context(_) | Value::Model(_)));
+        let holds =
+            matches!(outcome, Ok(Value::Sequence(_) | Value::Context(_) | Value::Model(_) | Value::BareLoop(_)));
         if holds && self.cancel.load(Ordering::SeqCst) { Err(Error::Cancelled) } else { outcome }
     }
 
@@ -150,11 +156,21 @@ fn into_python(py: Python<'_>, value: Value) -> PyResult<Py<PyAny>> {
         Value::None => py.None(),
         Value::Count(n) => n.into_pyobject(py)?.into_any().unbind(),
         Value::Bytes(bytes) => PyBytes::new(py, &bytes).into_any().unbind(),
+        Value::Usages(usages) => usages.iter().map(usage).collect::<Vec<_>>().into_pyobject(py)?.into_any().unbind(),
         Value::Floats(floats) => floats.into_pyobject(py)?.into_any().unbind(),
         Value::Model(model) => Py::new(py, Model::new(model))?.into_any(),
         Value::Context(context) => Py::new(py, Context::new(context))?.into_any(),
         Value::Sequence(lease) => Py::new(py, Sequence::new(lease))?.into_any(),
+        Value::BareLoop(bare) => Py::new(py, BareLoop::new(bare))?.into_any(),
+        Value::Replies(replies) => {
+            (replies.first, replies.total, replies.tokens).into_pyobject(py)?.into_any().unbind()
+        }
     })
+}
+
+/// `Usage` of `_core.pyi`.
+pub fn usage(usage: &Usage) -> (&str, &str, bool, u64, u64, u64) {
+    (&usage.device, &usage.buffer, usage.host, usage.weights, usage.cache, usage.compute)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

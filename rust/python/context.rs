@@ -6,7 +6,7 @@ use std::time::Duration;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::call::{Call, State, Value};
+use super::call::{Call, State, Value, usage};
 use super::hub::Hub;
 use super::options::{PredictOptions, TextOrTokens, TurnOptions};
 use super::prediction::Prediction;
@@ -45,6 +45,7 @@ impl Context {
         dict.set_item("threads", info.n_threads)?;
         dict.set_item("threads_batch", info.n_threads_batch)?;
         dict.set_item("memory", info.memory.name())?;
+        dict.set_item("usages", info.usages.iter().map(usage).collect::<Vec<_>>())?;
         Ok(dict)
     }
 

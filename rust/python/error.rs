@@ -13,6 +13,7 @@ mod exceptions {
     import_exception!(llamactor.errors, ContextOverflowError);
     import_exception!(llamactor.errors, DeadlineExceededError);
     import_exception!(llamactor.errors, DecodeError);
+    import_exception!(llamactor.errors, GrammarError);
     import_exception!(llamactor.errors, InsufficientMemoryError);
     import_exception!(llamactor.errors, LlamactorError);
     import_exception!(llamactor.errors, LoadCancelledError);
@@ -35,6 +36,7 @@ pub fn to_python(error: &Error) -> PyErr {
         Error::InsufficientMemory(_) => raise::InsufficientMemoryError::new_err(message),
         Error::ContextOverflow(_) => raise::ContextOverflowError::new_err(message),
         Error::ChatTemplate(_) => raise::ChatTemplateError::new_err(message),
+        Error::Grammar(_) => raise::GrammarError::new_err(message),
         Error::Decode(_) => raise::DecodeError::new_err(message),
         Error::StateMismatch(_) => raise::StateMismatchError::new_err(message),
         Error::Closed(_) => raise::ClosedError::new_err(message),

@@ -14,10 +14,11 @@ use super::chat;
 use super::hub::Hub;
 use super::options::{ContextOptions, LoadOptions};
 use super::process::{Native, require_own_process};
+use crate::context;
 use crate::error::{Error, Result, closed};
 use crate::llama::{self, LogLevel, Token};
 use crate::model;
-use crate::sequence::{Sequences, note};
+use crate::sequence::{BareLoop, Sequences, note};
 
 /// Longest text that is tokenised on the caller's stack; a longer one gets a thread with a larger one.
 const OWN_STACK_BYTES: usize = 4 * 1024;
@@ -194,6 +195,27 @@ impl Model {
         spawn("llamactor-open", move || {
             let context = Sequences::start(&model, params, parking).and_then(|context| holder.adopt(context));
             reporter.finish(context.map(Value::Context));
+        })?;
+        Ok(Call::new(state))
+    }
+
+    /// What a context of this outline would take: see `footprint` in `_core.pyi`.
+    fn footprint(&self, hub: &Hub, options: ContextOptions) -> PyResult<Call> {
+        let (model, params, state) = (self.open()?, options.into_params()?, State::new(hub)?);
+        let reporter = Arc::clone(&state);
+        spawn("llamactor-measure", move || {
+            reporter.finish(context::footprint(&model, params).map(Value::Usages));
+        })?;
+        Ok(Call::new(state))
+    }
+
+    /// Makes a context that nothing stands round, to compare with.
+    fn bare_loop(&self, hub: &Hub, options: ContextOptions) -> PyResult<Call> {
+        let (model, state) = (self.open()?, State::new(hub)?);
+        let params = options.into_params()?;
+        let reporter = Arc::clone(&state);
+        spawn("llamactor-open", move || {
+            reporter.finish(BareLoop::start(&model, params).map(Value::BareLoop));
         })?;
         Ok(Call::new(state))
     }

@@ -15,6 +15,7 @@ use crate::context::parking::Budget;
 use crate::llama::{
     self, CallSyntax, ContextParams, FlashAttention, KvType, LoadParams, OverrideValue, SplitMode, Token,
 };
+use crate::sequence::grammar::{Spec, Trigger};
 use crate::sequence::sampler::{Dry, DynamicTemperature, Mirostat, RepeatPenalty, SamplerKind, SamplerSpec, Xtc};
 use crate::sequence::text::{Batching, TextOptions};
 use crate::sequence::{Prompt, Reasoning, Request, Turn};
@@ -68,6 +69,66 @@ impl CallItems {
     }
 }
 
+/// What an answer may be: a dictionary with `kind`, and what that kind has.
+pub struct Constraint(pub Spec);
+
+impl<'py> FromPyObject<'_, 'py> for Constraint {
+    type Error = PyErr;
+
+    fn extract(dict: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        let text = |key: &str| dict.get_item(key)?.extract::<String>();
+        let texts = |key: &str| optional::<Vec<String>>(&dict, key).map(Option::unwrap_or_default);
+        let kind = text("kind")?;
+        Ok(Self(match kind.as_str() {
+            "json_schema" => Spec::JsonSchema(text("text")?),
+            "regex" => Spec::Regex(text("text")?),
+            "lark" => Spec::Lark(text("text")?),
+            "gbnf" => Spec::Gbnf {
+                text: text("text")?,
+                root: text("root")?,
+                preserved: texts("preserved")?,
+                prefix: optional(&dict, "prefix")?.unwrap_or_default(),
+            },
+            "any" => {
+                let choices: Vec<Self> = dict.get_item("of")?.extract()?;
+                Spec::Any(choices.into_iter().map(|choice| choice.0).collect())
+            }
+            "lazy" => {
+                lazy(dict.get_item("of")?.extract()?, dict.get_item("triggers")?.extract()?, texts("preserved")?)?
+            }
+            _ => return Err(PyValueError::new_err(format!("a constraint of kind {kind:?} is unknown"))),
+        }))
+    }
+}
+
+fn optional<'py, T: FromPyObjectOwned<'py, Error = PyErr>>(
+    dict: &Borrowed<'_, 'py, PyAny>,
+    key: &str,
+) -> PyResult<Option<T>> {
+    if dict.contains(key)? { dict.get_item(key)?.extract() } else { Ok(None) }
+}
+
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct TriggerItems {
+    kind: String,
+    value: String,
+}
+
+fn lazy(Constraint(mut of): Constraint, triggers: Vec<TriggerItems>, preserved: Vec<String>) -> PyResult<Spec> {
+    if let Spec::Gbnf { preserved: known, .. } = &mut of {
+        known.extend(preserved);
+    }
+    let triggers = triggers.into_iter().map(|TriggerItems { kind, value }| match kind.as_str() {
+        "word" => Ok(Trigger::Word(value)),
+        "token" => Ok(Trigger::Token(value)),
+        "pattern" => Ok(Trigger::Pattern(value)),
+        "pattern_full" => Ok(Trigger::PatternFull(value)),
+        _ => Err(PyValueError::new_err(format!("a trigger of kind {kind:?} is unknown"))),
+    });
+    Ok(Spec::Lazy { of: Box::new(of), triggers: triggers.collect::<PyResult<_>>()? })
+}
+
 /// The options of `predict`.
 #[derive(FromPyObject)]
 #[pyo3(from_item_all)]
@@ -92,6 +153,7 @@ pub struct PredictOptions {
     logprobs: Option<usize>,
     logits_processor: Option<Py<PyAny>>,
     ignore_eos: bool,
+    constraint: Option<Constraint>,
     response_prefix: Option<String>,
     trim_trailing_whitespace: bool,
     reasoning: Option<ReasoningItems>,
@@ -186,6 +248,7 @@ impl PredictOptions {
             text,
             reasoning,
             calls: self.calls.map(CallItems::into_spec),
+            constraint: self.constraint.map(|constraint| constraint.0),
             max_tokens: self.max_tokens,
             response_prefix: self.response_prefix,
             deterministic: self.deterministic,
@@ -270,6 +333,7 @@ pub struct LoadOptions {
     use_mmap: bool,
     use_mlock: bool,
     vocab_only: bool,
+    outline: bool,
     check_tensors: bool,
     /// In the order of the keys: two equal loads have one fingerprint.
     metadata_overrides: BTreeMap<String, Scalar>,
@@ -288,6 +352,7 @@ impl LoadOptions {
             use_mmap: self.use_mmap,
             use_mlock: self.use_mlock,
             vocab_only: self.vocab_only,
+            outline: self.outline,
             check_tensors: self.check_tensors,
             overrides: self.metadata_overrides.into_iter().map(|(key, value)| (key, value.into())).collect(),
             lora: self.lora,

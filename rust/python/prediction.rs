@@ -180,6 +180,7 @@ impl Prediction {
         dict.set_item("logprobs", terms.logprobs.then(|| logprobs(py, finished)).transpose()?)?;
         dict.set_item("stop_reason", outcome.stop_reason.name())?;
         dict.set_item("stop_string", &outcome.stop_string)?;
+        dict.set_item("completed", outcome.completed)?;
         dict.set_item("seed", terms.seed)?;
         dict.set_item("context_shift", shift(py, terms.policy, finished)?)?;
         dict.set_item("stats", stats(py, &finished.stats)?)?;

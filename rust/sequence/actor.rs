@@ -1,14 +1,16 @@
 //! The thread of a sequence: prompt → prefill → (sample → text → next)* → done, one command after the other.
 
 use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Instant;
 
-use super::calling::text_of;
+use super::calling;
 use super::generation::Generation;
+use super::grammar::Constraint;
 use super::lease::{Lease, Owner, Sequences, Ticket};
 use super::sampler::{Sampler, Vocabulary};
 use super::state::{self, Fingerprint};
@@ -305,14 +307,21 @@ impl Actor {
         let model = self.shared.model()?;
         let needs_clock = request.text.batching.is_some();
         let ignore_eos = request.sampler.ignore_eos;
-        let text = text_of(&model, request.reasoning, request.calls, request.text)?;
+        let reasoning = calling::segments_of(&model, request.reasoning.clone(), request.calls.as_ref())?;
+        let constraint = match &request.constraint {
+            Some(spec) => Some(Box::new(Constraint::new(spec, &model, reasoning.as_ref())?)),
+            None => None,
+        };
+        let text = calling::text_of(&model, reasoning, request.calls, request.text)?;
         let mut generation = Box::new(Generation {
             sampler: self.sampler(request.sampler)?,
             text,
+            constraint,
             sink: Arc::clone(sink),
             model: Arc::clone(model.llama()),
             ignore_eos,
             max_tokens: request.max_tokens,
+            room: self.room(tokens.len(), request.overflow),
             started: Instant::now(),
             n_drawn: 0,
             needs_clock,
@@ -322,8 +331,16 @@ impl Actor {
             error: None,
         });
         generation.sampler.prime(&tokens)?;
-        generation.begin_with(request.response_prefix.as_deref().unwrap_or_default());
+        generation.begin_with(request.response_prefix.as_deref().unwrap_or_default())?;
         Ok((generation, tokens))
+    }
+
+    /// Tokens that can follow a prompt until the context is full; the last one need not be evaluated.
+    fn room(&self, n_prompt: usize, overflow: Option<Overflow>) -> usize {
+        match overflow {
+            None | Some(Overflow::Stop) => self.shared.info.context_size.saturating_sub(n_prompt) + 1,
+            Some(_) => usize::MAX,
+        }
     }
 
     /// Brings what a chat left on disk into memory, where the decoder finds it, and makes room for what it parks.
@@ -420,7 +437,7 @@ impl Actor {
         }
     }
 
-    /// `max_tokens=0`: the prompt is evaluated and nothing drawn.
+    /// `max_tokens=0`, or a response prefix after which nothing may follow: the prompt is evaluated and nothing drawn.
     fn evaluate_only(
         &self,
         ticket: Ticket,
@@ -432,7 +449,7 @@ impl Actor {
         self.begin(self.job(ticket.owner(), tokens, Goal::Evaluate, terms, flow));
         let ended = self.attend(&mut None);
         drop(ticket);
-        generation.ended = Some((StopReason::MaxTokens, None));
+        generation.ended.get_or_insert((StopReason::MaxTokens, None));
         generation.finish(ended.end);
     }
 
@@ -515,7 +532,8 @@ impl Actor {
 
     fn draw(&self, generation: Option<&mut Generation>, row: Vec<f32>) {
         let Some(generation) = generation else { return };
-        let step = generation.advance(&row);
+        let drawn = catch_unwind(AssertUnwindSafe(|| generation.advance(&row)));
+        let step = drawn.unwrap_or_else(|_| generation.fail(Error::WorkerCrashed("drawing a token panicked".into())));
         generation.sink.flush();
         self.shared.send(Message::Drawn { slot: self.slot, step, row });
     }
@@ -679,5 +697,5 @@ pub fn finish_early(sink: &dyn Sink, end: End) {
         End::ContextFull => (StopReason::ContextFull, None),
         End::Done | End::Cancelled | End::Parked => (StopReason::Cancelled, None),
     };
-    sink.finish(Outcome { stop_reason, stop_string: None, error });
+    sink.finish(Outcome { stop_reason, stop_string: None, error, completed: true });
 }

@@ -12,31 +12,38 @@ use crate::error::Result;
 use crate::llama::{CallReader, Token};
 use crate::model::Model;
 
+/// How reasoning is told from content, where it may be followed by calls or not.
+///
+/// # Errors
+/// `Value` for tags that are none; what the tokeniser fails with.
+pub fn segments_of(
+    model: &Model,
+    reasoning: Option<Reasoning>,
+    calls: Option<&CallSpec>,
+) -> Result<Option<SegmentOptions>> {
+    let Some(reasoning) = reasoning else { return Ok(None) };
+    let end = calls.and_then(|spec| spec.reasoning_end.clone()).unwrap_or_else(|| reasoning.end.clone());
+    Reasoning { end, ..reasoning }.resolve(model).map(Some)
+}
+
 /// The stream for one answer.
 ///
 /// # Errors
-/// `Value` for a parser or for tags that are none; what the tokeniser fails with.
+/// `Value` for a parser that is none; what the tokeniser fails with.
 pub fn text_of(
     model: &Model,
-    reasoning: Option<Reasoning>,
+    segments: Option<SegmentOptions>,
     calls: Option<CallSpec>,
     text: TextOptions,
 ) -> Result<Text> {
     let Some(spec) = calls else {
-        return Ok(match reasoning {
+        return Ok(match segments {
             None => Text::Plain(TextStream::new(text)),
-            Some(reasoning) => Text::Segmented(Box::new(Segments::new(reasoning.resolve(model)?, text))),
+            Some(segments) => Text::Segmented(Box::new(Segments::new(segments, text))),
         });
     };
     let preserved = preserved_tokens(model, &spec.preserved)?;
-    let segments = match reasoning {
-        None => SegmentOptions::default(),
-        Some(reasoning) => {
-            let end = spec.reasoning_end.clone().unwrap_or(reasoning.end);
-            Reasoning { end, ..reasoning }.resolve(model)?
-        }
-    };
-    let calls = Calls::new(options(spec)?, Segments::new(segments, text));
+    let calls = Calls::new(options(spec)?, Segments::new(segments.unwrap_or_default(), text));
     Ok(Text::Calling(Box::new(Calling { calls, preserved })))
 }
 

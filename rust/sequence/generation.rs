@@ -4,13 +4,14 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::sampler::{Sampler, TokenLogprob};
+use super::grammar::Constraint;
+use super::sampler::{Sampled, Sampler, TokenLogprob, Within};
 use super::text::calls::Calls;
 use super::text::segments::{Parts, Segments};
 use super::text::{StopMatch, TextStream};
 use super::{Outcome, Sink};
 use crate::context::job::{End, Generator, Step};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::llama::{Model, Token};
 
 /// Why a generation ended.
@@ -130,6 +131,33 @@ impl Text {
         }
     }
 
+    /// Whether reasoning is going on.
+    fn is_inside(&self) -> bool {
+        match self {
+            Self::Plain(_) => false,
+            Self::Segmented(segments) => segments.is_inside(),
+            Self::Calling(calling) => calling.calls.segments().is_inside(),
+        }
+    }
+
+    /// Has the reasoning that is going on closed, whatever the model would draw.
+    fn close_reasoning(&mut self, out: &mut Parts) {
+        match self {
+            Self::Plain(_) => {}
+            Self::Segmented(segments) => segments.close_now(out),
+            Self::Calling(calling) => calling.calls.segments_mut().close_now(out),
+        }
+    }
+
+    /// From here on all is content.
+    fn settle(&mut self) {
+        match self {
+            Self::Plain(_) => {}
+            Self::Segmented(segments) => segments.settle(),
+            Self::Calling(calling) => calling.calls.segments_mut().settle(),
+        }
+    }
+
     fn finish(&mut self, out: &mut Parts) -> Option<StopMatch> {
         match self {
             Self::Plain(stream) => stream.finish(&mut out.text),
@@ -143,10 +171,13 @@ impl Text {
 pub struct Generation {
     pub sampler: Sampler,
     pub text: Text,
+    pub constraint: Option<Box<Constraint>>,
     pub sink: Arc<dyn Sink>,
     pub model: Arc<Model>,
     pub ignore_eos: bool,
     pub max_tokens: Option<usize>,
+    /// Tokens until the context is full, where that ends the generation.
+    pub room: usize,
     pub started: Instant,
     pub n_drawn: usize,
     /// Whether the text needs the clock (token batching).
@@ -160,18 +191,38 @@ pub struct Generation {
 impl Generation {
     /// Whether drawing costs less than waking another thread.
     pub fn is_cheap(&self) -> bool {
-        self.sampler.is_cheap() && !matches!(self.text, Text::Calling(_))
+        self.constraint.is_none() && self.sampler.is_cheap() && !matches!(self.text, Text::Calling(_))
     }
 
     /// Whether nothing is to be drawn at all.
     pub fn is_complete(&self) -> bool {
+        self.ended.is_some() || self.is_used_up()
+    }
+
+    fn is_used_up(&self) -> bool {
         self.max_tokens.is_some_and(|limit| self.n_drawn >= limit)
     }
 
     /// Shows the response prefix, which is text like the rest; there may be none.
-    pub fn begin_with(&mut self, prefix: &str) {
+    ///
+    /// # Errors
+    /// `Grammar` if nothing that the constraint allows begins like this, or fits into the limits.
+    pub fn begin_with(&mut self, prefix: &str) -> Result<()> {
+        let left = self.left();
+        let limit = match self.limit() {
+            StopReason::MaxTokens => format!("max_tokens={left}"),
+            _ => "the context".to_owned(),
+        };
+        if let Some(constraint) = &mut self.constraint {
+            constraint.begin_with(prefix)?;
+            constraint.begin_within(left, &limit)?;
+            if constraint.is_over() {
+                self.ended = Some((StopReason::Eos, None));
+            }
+        }
         self.text.begin(prefix, &mut self.shown);
         self.show(None);
+        Ok(())
     }
 
     fn stop(&mut self, reason: StopReason, stop_string: Option<String>) -> Step {
@@ -179,7 +230,8 @@ impl Generation {
         Step::Stop
     }
 
-    fn fail(&mut self, error: Error) -> Step {
+    /// Ends it with an error.
+    pub fn fail(&mut self, error: Error) -> Step {
         self.error = Some(error);
         Step::Stop
     }
@@ -205,13 +257,20 @@ impl Generation {
             Err(error) => return self.fail(error),
         };
         self.n_drawn += 1;
-        let stopped = self.text.push(token, &self.piece, hidden, self.now(), &mut self.shown);
+        let stopped = match self.push(token, hidden) {
+            Ok(stopped) => stopped,
+            Err(error) => return self.fail(error),
+        };
+        let ended = self.constraint.as_ref().and_then(|constraint| self.end_of(constraint));
         let paused = self.show(Some(drawn));
         if let Some(stop) = stopped {
             let text = self.stop_text(stop);
             return self.stop(StopReason::StopString, Some(text));
         }
-        match (self.is_complete(), paused) {
+        if let Some(reason) = ended {
+            return self.stop(reason, None);
+        }
+        match (self.is_used_up(), paused) {
             (true, _) => self.stop(StopReason::MaxTokens, None),
             (false, true) => Step::Pause(token),
             (false, false) => Step::Next(token),
@@ -219,7 +278,7 @@ impl Generation {
     }
 
     /// Takes the text of a token, or the name of one that has none where that matters: then it is hidden.
-    fn read_piece(&mut self, token: Token) -> crate::error::Result<bool> {
+    fn read_piece(&mut self, token: Token) -> Result<bool> {
         self.piece.clear();
         self.model.token_to_piece(token, false, &mut self.piece)?;
         let hidden = self.piece.is_empty() && self.text.preserves(token);
@@ -227,6 +286,76 @@ impl Generation {
             self.model.token_to_piece(token, true, &mut self.piece)?;
         }
         Ok(hidden)
+    }
+
+    /// Has the token, whose text is in `piece`, go into the text, and followed by the constraint.
+    fn push(&mut self, token: Token, hidden: bool) -> Result<Option<StopMatch>> {
+        let now = self.now();
+        let forced = self.text.forced().is_some();
+        if let Some(constraint) = &self.constraint
+            && !forced
+            && constraint.settles(token)
+        {
+            self.text.settle();
+        }
+        let stopped = self.text.push(token, &self.piece, hidden, now, &mut self.shown);
+        let inside = self.text.is_inside();
+        match &mut self.constraint {
+            Some(constraint) if !forced => constraint.accept(token, inside)?,
+            Some(constraint) if !inside => constraint.leave_reasoning(),
+            _ => {}
+        }
+        Ok(stopped)
+    }
+
+    /// Why nothing follows, where nothing may: the answer was whole, or had to be closed.
+    fn end_of(&self, constraint: &Constraint) -> Option<StopReason> {
+        match (constraint.is_closed(), constraint.is_over()) {
+            (true, _) => Some(self.limit()),
+            (false, true) => Some(StopReason::Eos),
+            (false, false) => None,
+        }
+    }
+
+    /// Tokens that may still be drawn.
+    fn left(&self) -> usize {
+        let limit = self.max_tokens.unwrap_or(usize::MAX).min(self.room);
+        limit.saturating_sub(self.n_drawn)
+    }
+
+    /// Why it ends where the limits end it.
+    fn limit(&self) -> StopReason {
+        if self.max_tokens.is_some_and(|limit| limit <= self.room) {
+            StopReason::MaxTokens
+        } else {
+            StopReason::ContextFull
+        }
+    }
+
+    /// Draws a token; `None` where nothing may follow.
+    fn draw(&mut self, logits: &[f32]) -> Result<Option<Sampled>> {
+        let left = self.left();
+        let Some(constraint) = &mut self.constraint else {
+            return match self.text.forced() {
+                Some(token) => self.sampler.force(logits, token).map(Some),
+                None => self.sampler.sample(logits).map(Some),
+            };
+        };
+        constraint.set_left(left);
+        if constraint.must_leave_reasoning() {
+            self.text.close_reasoning(&mut self.shown);
+        }
+        if let Some(token) = self.text.forced().or_else(|| constraint.forced()) {
+            return self.sampler.force(logits, token).map(Some);
+        }
+        match self.sampler.sample_within(logits, constraint)? {
+            Within::Drawn(sampled) => Ok(Some(sampled)),
+            Within::Nothing => Ok(None),
+            Within::TooLong => {
+                constraint.close()?;
+                constraint.forced().map(|token| self.sampler.force(logits, token)).transpose()
+            }
+        }
     }
 
     fn named(&self, token: Token, logprob: TokenLogprob) -> Logprob {
@@ -266,20 +395,22 @@ impl Generation {
             reason = StopReason::ToolCalls;
         }
         self.show(None);
-        self.sink.finish(Outcome { stop_reason: reason, stop_string, error });
+        let completed =
+            self.constraint.is_none() || (matches!(reason, StopReason::Eos | StopReason::ToolCalls) && error.is_none());
+        self.sink.finish(Outcome { stop_reason: reason, stop_string, error, completed });
     }
 }
 
 impl Generator for Generation {
     fn advance(&mut self, logits: &[f32]) -> Step {
-        let sampled = match self.text.forced() {
-            Some(token) => self.sampler.force(logits, token),
-            None => self.sampler.sample(logits),
-        };
-        match sampled {
-            Ok(sampled) => {
+        match self.draw(logits) {
+            Ok(Some(sampled)) => {
                 let logprob = sampled.logprob.map(|logprob| self.named(sampled.token, logprob));
                 self.take_token(Drawn { token: sampled.token, logprob })
+            }
+            Ok(None) => {
+                let reason = self.constraint.as_ref().and_then(|constraint| self.end_of(constraint));
+                self.stop(reason.unwrap_or_default(), None)
             }
             Err(error) => self.fail(error),
         }

@@ -1,8 +1,10 @@
 //! ④ One actor, one thread, one prediction at a time.
 
 mod actor;
+mod bare;
 mod calling;
 mod generation;
+pub mod grammar;
 mod lease;
 pub mod logits;
 pub mod note;
@@ -14,6 +16,7 @@ pub mod text;
 use std::sync::Arc;
 
 pub use actor::Queued;
+pub use bare::{BareLoop, BareReplies};
 pub use generation::{Drawn, Logprob, StopReason};
 pub use lease::{Lease, Sequences};
 pub use reasoning::Reasoning;
@@ -59,6 +62,8 @@ pub struct Request {
     pub reasoning: Option<Reasoning>,
     /// How calls of tools are told from both; `None` looks for none.
     pub calls: Option<CallSpec>,
+    /// What the content may be; `None` allows everything.
+    pub constraint: Option<grammar::Spec>,
     /// Tokens at most; `None` has no limit.
     pub max_tokens: Option<usize>,
     /// Text that the answer begins with.
@@ -95,6 +100,8 @@ pub struct Outcome {
     pub stop_string: Option<String>,
     /// What it failed with.
     pub error: Option<Error>,
+    /// False where a constraint had not come to its end by itself.
+    pub completed: bool,
 }
 
 /// Where a generation's output goes.

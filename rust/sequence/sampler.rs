@@ -15,6 +15,7 @@ use std::mem;
 
 use self::chain::{Edit, Link, Scan};
 use self::penalties::{DryWindow, Penalties};
+use super::grammar::{Constraint, Verdict};
 use super::logits;
 use crate::error::{Error, Result};
 use crate::llama::{Candidates, Token};
@@ -40,6 +41,17 @@ pub struct Sampled {
     pub token: Token,
     /// If asked for.
     pub logprob: Option<TokenLogprob>,
+}
+
+/// What was drawn under a constraint.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Within {
+    /// A token that it allows.
+    Drawn(Sampled),
+    /// Nothing can follow, and the text may end.
+    Nothing,
+    /// A token after which the text could not come to its end within the limit: it is to be closed now.
+    TooLong,
 }
 
 /// Draws the tokens of one prediction.
@@ -138,12 +150,62 @@ impl Sampler {
 
     /// Draws a token from a row and counts it as generated.
     pub fn sample(&mut self, logits: &[f32]) -> Result<Sampled> {
+        let token = self.pick(logits)?;
+        self.force(logits, token)
+    }
+
+    /// Draws a token that the constraint allows, and counts it as generated.
+    ///
+    /// The plain draw comes first: most often it is allowed, and a look at one token is all that it takes.
+    pub fn sample_within(&mut self, logits: &[f32], constraint: &mut Constraint) -> Result<Within> {
+        let token = self.pick(logits)?;
+        let decided = match constraint.judge(token)? {
+            Verdict::Refused => self.draw_again(logits, constraint)?,
+            verdict => Some((token, verdict)),
+        };
+        match decided {
+            Some((token, Verdict::Allowed)) => self.force(logits, token).map(Within::Drawn),
+            Some(_) => Ok(Within::TooLong),
+            None if constraint.may_end()? => Ok(Within::Nothing),
+            None => Err(nothing_allowed()),
+        }
+    }
+
+    /// Draws from the same row, edits included, without what the constraint refuses.
+    fn draw_again(&mut self, logits: &[f32], constraint: &mut Constraint) -> Result<Option<(Token, Verdict)>> {
+        let mut row = mem::take(&mut self.row);
+        if !self.edits_row() {
+            row.clear();
+            row.extend_from_slice(logits);
+        }
+        let drawn = self.draw_masked(&mut row, constraint);
+        self.row = row;
+        drawn
+    }
+
+    fn draw_masked(&mut self, row: &mut [f32], constraint: &mut Constraint) -> Result<Option<(Token, Verdict)>> {
+        let allowed = constraint.mask()?;
+        for (token, logit) in row.iter_mut().enumerate() {
+            if !allowed.get(token) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        while logits::max(row) > f32::NEG_INFINITY {
+            let token = self.draw(row)?;
+            match constraint.judge(token)? {
+                Verdict::Refused => change(row, token, |_| f32::NEG_INFINITY),
+                verdict => return Ok(Some((token, verdict))),
+            }
+        }
+        Ok(None)
+    }
+
+    fn pick(&mut self, logits: &[f32]) -> Result<Token> {
         if logits.len() != self.n_vocab {
             let message = format!("a row of {} logits for a vocabulary of {}", logits.len(), self.n_vocab);
             return Err(Error::Decode(message));
         }
-        let token = if self.edits_row() { self.draw_edited(logits)? } else { self.draw(logits)? };
-        self.force(logits, token)
+        if self.edits_row() { self.draw_edited(logits) } else { self.draw(logits) }
     }
 
     /// Takes this token as if it had been drawn from the row.
@@ -272,6 +334,12 @@ fn change(row: &mut [f32], token: Token, new: impl FnOnce(f32) -> f32) {
 
 fn nothing_possible() -> Error {
     Error::Decode("no token can be drawn: every logit is NaN or -inf, from the model or from the options".into())
+}
+
+fn nothing_allowed() -> Error {
+    Error::Grammar(
+        "no token of the model's vocabulary can follow in the grammar, or the options forbid all that could".into(),
+    )
 }
 
 #[cfg(test)]

@@ -6,14 +6,9 @@ import asyncio
 import contextlib
 import importlib.metadata
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
-import sys
-import termios
-import time
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -25,24 +20,26 @@ import llamactor
 from llamactor.cli import main
 from llamactor.cli.terminal import visible
 from tests.conftest import PATIENCE, TINYCHAT
+from tests.terminals import (
+    ANSWERING,
+    COMMAND,
+    CONTROL_C,
+    CONTROL_D,
+    ENTER,
+    PROMPT,
+    ROOT,
+    TAB,
+    UP,
+    Terminal,
+    outcome,
+    piped,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, "-W", "error", "-m", "llamactor"]
 CHAT = [*COMMAND, "chat", str(TINYCHAT), "--threads", "1"]
 COMPLETE = [*COMMAND, "complete", "--model", str(TINYCHAT), "--threads", "1"]
-
-AT_THE_TERMINAL = "import os, sys; os.login_tty(0); os.execv(sys.argv[1], sys.argv[1:])"
-"""Makes its stdin the terminal that its keys belong to, and becomes another program."""
-
-PROMPT, ANSWERING = "\x1b[?2004h", "\x1b[?2004l"
-"""What prompt_toolkit says to the terminal when it begins to read a line, and when it has one."""
-
-ENTER, UP, TAB = "\r", "\x1b[A", "\t"
-CONTROL_C, CONTROL_D = "\x03", "\x04"
-
 
 HELLO, WHO = "Hello, my name is Ada.", "What is my name?"
 
@@ -61,110 +58,20 @@ def answers() -> tuple[str, str]:
     return greeting, name
 
 
-class Terminal:
-    """A process at a pseudo-terminal, and what it has shown."""
-
-    def __init__(self, *arguments: str) -> None:
-        self._screen, process_side = pty.openpty()
-        environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-        streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), process_side)
-        command = [sys.executable, "-c", AT_THE_TERMINAL, *CHAT, *arguments]
-        termios.tcsetwinsize(process_side, (24, 200))
-        self.process: subprocess.Popen[bytes] = subprocess.Popen(
-            command, env=environment, **streams
-        )
-        os.close(process_side)
-        self._shown = ""
-        self._deadline = time.monotonic() + PATIENCE
-
-    def type(self, keys: str) -> None:
-        os.write(self._screen, keys.encode())
-
-    def shows(self, pattern: str) -> re.Match[str]:
-        """Wait until the terminal shows this; what comes next is looked for behind it."""
-        while not (match := re.search(pattern, self._shown, re.DOTALL)):
-            assert self._read(), f"it ended without {pattern!r}: {self._shown!r}"
-        self._shown = self._shown[match.end() :]
-        return match
-
-    def asks(self) -> str:
-        """Wait for the next prompt, and return what was shown before it."""
-        return bare(self.shows(f"(.*?){re.escape(PROMPT)}")[1])
-
-    def says(self, line: str) -> str:
-        """Type a line at the prompt, and return what is shown until the next one."""
-        self.type(line + ENTER)
-        return self.asks().partition(f"> {line}\n")[2]
-
-    def ends(self) -> int:
-        """Wait for the end of the process and return its status."""
-        while self._read():
-            pass
-        return self.process.wait(PATIENCE)
-
-    def echoes(self) -> bool:
-        """Whether the terminal shows by itself what is typed, as shells expect it to."""
-        return bool(termios.tcgetattr(self._screen)[3] & termios.ECHO)
-
-    def _read(self) -> bool:
-        left = self._deadline - time.monotonic()
-        ready, _, _ = select.select([self._screen], [], [], max(0, left))
-        assert ready, f"nothing more came after {self._shown!r}"
-        try:
-            new = os.read(self._screen, 1 << 16)
-        except OSError:  # what Linux says when nobody has the other side open
-            new = b""
-        self._shown += new.decode(errors="replace")
-        return bool(new)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._screen)
-
-
-def bare(shown: str) -> str:
-    """What was shown, without what commands the terminal, lines as they are read."""
-    text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", shown).replace("\b", "")
-    lines = text.replace("\r\r\n", "\r\n").replace("\r\n", "\n").split("\n")
-    return "\n".join(line.rpartition("\r")[2].rstrip() for line in lines)
-
-
 @contextlib.contextmanager
 def terminal(*arguments: str) -> Iterator[Terminal]:
     """A chat with tinychat that has shown its first prompt."""
-    opened = Terminal(*arguments)
+    opened = Terminal([*CHAT, *arguments])
     try:
         yield opened
     finally:
         opened.close()
 
 
-def piped(
-    command: list[str], text: str | bytes = "", **more: str
-) -> subprocess.CompletedProcess[str]:
-    """Run a command that reads `text` from a pipe."""
-    done = subprocess.run(
-        command,
-        input=text.encode() if isinstance(text, str) else text,
-        capture_output=True,
-        timeout=PATIENCE,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, **more},
-    )
-    out, err = done.stdout.decode(), done.stderr.decode()
-    return subprocess.CompletedProcess(done.args, done.returncode, out, err)
-
-
 def endless(command: list[str]) -> Any:
     """Start a command whose answers have no end, with pipes to it."""
     pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen([*command, "--ignore-eos", "--overflow", "rolling_window"], **pipes)
-
-
-def outcome(done: subprocess.CompletedProcess[str]) -> tuple[int, str, str]:
-    return done.returncode, done.stdout, done.stderr
 
 
 # --- at a terminal ------------------------------------------------------------------------------
@@ -465,30 +372,31 @@ def test_a_template_comes_from_a_file_with_its_variables(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ([], "the following arguments are required: COMMAND"),
-        (["sing"], "invalid choice: 'sing'"),
+        (["sing"], 'Unknown command "sing". Available commands: '),
         (["chat", "--temperature", "-1"], "temperature must be at least 0"),
-        (["chat", "--top-k", "few"], "argument --top-k: invalid number or \"all\" value: 'few'"),
+        (["chat", "--top-k", "few"], "for --top-k: 'few' is neither a whole number nor \"all\""),
         (["chat", "--context-size", "0"], "context_size must be "),
-        (["chat", "--overflow", "explode"], "argument --overflow: invalid choice: 'explode'"),
+        (["chat", "--overflow", "explode"], 'Invalid value "explode" for --overflow. Choose from:'),
         (["chat", "--chat-template", "nowhere/none"], "nowhere/none: No such file or directory"),
         (["chat", "--template-kwarg", "mood"], "'mood' is not NAME=VALUE"),
-        (["chat", "--load", "a", "--system", "b"], "--load or --system, not both"),
-        (["chat", "--temp", "1"], "unrecognized arguments: --temp"),
+        (["chat", "--load", "a", "--system", "b"], "--system, --system-file, or the saved session"),
+        (["chat", "--temp", "1"], "Unknown option: --temp."),
+        (["chat", "--thread", "1"], "Did you mean --threads?"),
+        (["chat", "one", "two"], "nothing is to be done with 'two'"),
+        (["complete", "--tempreature=1"], "unknown option: --tempreature=1"),
         (["complete", ""], "the prompt is empty"),
-        (["complete", "--overflow", "erase_oldest", "a"], "invalid choice: 'erase_oldest'"),
+        (["complete", "--overflow", "erase_oldest", "a"], 'Invalid value "erase_oldest"'),
+        (["bench", "--rounds", "0"], "--rounds must be at least 1, not 0"),
+        (["bench", "--parallel", "2", "300"], "--parallel must be 1 to 256, not 300"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_loaded(
     words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(words)
+    assert main(words) == 2
     out, err = capsys.readouterr()
-    assert (ended.value.code, out) == (2, "")
-    usage, _, message = err.rpartition("error: ")
-    assert usage.startswith("usage: llamactor")
-    assert complaint in message
+    assert out == ""
+    assert re.fullmatch(rf"llamactor: [^\n]*{re.escape(complaint)}[^\n]*\n", err), err
 
 
 def test_what_cannot_be_loaded_ends_with_a_message(tmp_path: Path) -> None:
@@ -496,14 +404,14 @@ def test_what_cannot_be_loaded_ends_with_a_message(tmp_path: Path) -> None:
     broken.write_bytes(b"GGUF?")
     saved = tmp_path / "saved"
     saved.write_bytes(b"nothing of the kind")
-    for words, complaint in (
-        (["chat", "nowhere.gguf"], "nowhere.gguf"),
-        (["chat", str(broken)], "broken.gguf"),
-        (["complete", "--model", "pkg:nothing", "a"], "'nothing' is not installed"),
-        (["chat", str(TINYCHAT), "--load", str(saved)], "saved"),
+    for words, status, complaint in (
+        (["chat", "nowhere.gguf"], 3, "nowhere.gguf"),
+        (["chat", str(broken)], 1, "broken.gguf"),
+        (["complete", "--model", "pkg:nothing", "a"], 3, "'nothing' is not installed"),
+        (["chat", str(TINYCHAT), "--load", str(saved)], 1, "saved"),
     ):
         done = piped([*COMMAND, *words])
-        assert (done.returncode, done.stdout) == (1, "")
+        assert (done.returncode, done.stdout) == (status, "")
         assert re.fullmatch(rf"llamactor: .*{re.escape(complaint)}.*\n", done.stderr), done.stderr
 
 
@@ -551,11 +459,47 @@ def test_the_installed_command_is_this_one() -> None:
 def test_it_says_its_version_and_what_it_can_do(capsys: pytest.CaptureFixture[str]) -> None:
     for words, expected in (
         (["--version"], importlib.metadata.version("llamactor")),
-        (["--help"], "continue a text"),
+        ([], "Usage: llamactor COMMAND"),
+        (["--help"], "Continue a text"),
+        (["--help"], "Exit status: 0 done"),
         (["chat", "--help"], "Ctrl-C cancels an answer"),
         (["complete", "--help"], "from stdin"),
+        (["bench", "--help"], "the bare llama.cpp loop"),
     ):
-        with pytest.raises(SystemExit) as ended:
-            main(words)
-        assert ended.value.code == 0
+        assert main(words) == 0
         assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["chat", "complete", "bench", "ps"])
+def test_every_option_is_explained(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line of the help that names an option has a word about it, on it or beneath."""
+    assert main([command, "--help"]) == 0
+    rows = [line[2:-2] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    named = [row for row in rows if row.startswith("--")]
+    assert named
+    assert [row for row in named if not re.match(r"--\S+( \S+)?  +\S", row)] == []
+
+
+def test_colours_are_for_terminals_and_can_be_turned_off() -> None:
+    def shown(**more: str) -> str:
+        screen = Terminal([*COMMAND, "--help"], **more)
+        try:
+            return screen.shows(".*Exit status.*?\n")[0]
+        finally:
+            screen.close()
+
+    assert "\x1b[36m" in shown()
+    assert "\x1b[36m" not in shown(NO_COLOR="1")
+    assert "\x1b" not in piped([*COMMAND, "--help"]).stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_can_be_taught_to_complete_its_words(shell: str, tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path), "ZSH": "", "ZSH_CUSTOM": "", "XDG_DATA_HOME": ""}
+    done = piped([*COMMAND, "--install-completion", "--shell", shell], **home)
+    assert done.returncode == 0, done.stderr
+    written = [path for path in tmp_path.rglob("*llamactor*") if path.is_file()]
+    assert len(written) == 1
+    script = written[0].read_text(encoding="utf-8")
+    assert "complete" in script
+    assert "max-tokens" in script

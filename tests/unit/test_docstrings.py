@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 PACKAGE = Path(llamactor.__file__).parent
-NOT_PUBLIC = {"_core.pyi", "_checks.py", "_home.py", "_hub.py", "__main__.py"}
+NOT_PUBLIC = {
+    *("_core.pyi", "_bare.py", "_checks.py", "_home.py", "_hub.py", "_work.py", "__main__.py"),
+}
 OPERATIONS = ("Coroutine", "Loading", "Opening", "Prediction", "PredictionIterator")
 """What a function returns that is to be awaited or iterated."""
 

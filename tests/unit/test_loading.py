@@ -12,7 +12,7 @@ import pytest
 
 import llamactor
 from llamactor import LoadCancelledError, ModelNotFoundError, load_model
-from llamactor.loading import resolve_ref
+from llamactor.store.packages import package_file
 from tests.conftest import PATIENCE
 
 pytestmark = pytest.mark.every_loop
@@ -157,7 +157,9 @@ async def test_a_reference_that_leads_nowhere_is_named(tmp_path: Path) -> None:
         await load_model(missing)
     with pytest.raises(FileNotFoundError, match="smollm2"):
         await load_model("no-such-model")
-    with pytest.raises(ModelNotFoundError, match="pkg:name"):
+    with pytest.raises(ModelNotFoundError, match="hf:owner/repo"):
+        await load_model("hf:owner")
+    with pytest.raises(llamactor.DownloadError, match="HF_HUB_OFFLINE"):
         await load_model("hf:owner/repo")
     with pytest.raises(ModelNotFoundError, match="pip install"):
         await load_model("pkg:no_such_package")
@@ -171,10 +173,10 @@ async def test_a_package_is_searched_without_being_imported(
     (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ModelNotFoundError, match="it has 0"):
-        resolve_ref("pkg:carries_weights")
+        package_file("carries_weights")
     for part in (1, 2):
         (package / f"weights-0000{part}-of-00002.gguf").touch()
-    assert resolve_ref("pkg:carries_weights").endswith("weights-00001-of-00002.gguf")
+    assert package_file("carries_weights").name == "weights-00001-of-00002.gguf"
     assert "carries_weights" not in sys.modules
 
 
@@ -206,7 +208,7 @@ def test_loading_without_a_running_loop_is_refused(tiny_model_path: Path) -> Non
 
 
 def test_a_load_outlives_neither_its_loop_nor_hangs_it(tiny_model_path: Path) -> None:
-    async def leave_it() -> llamactor.Loading:
+    async def leave_it() -> llamactor.Loading[llamactor.Model]:
         return load_model(tiny_model_path)
 
     loading = asyncio.run(leave_it())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from llamactor.chat.messages import Message, SystemMessage, UserMessage
+from llamactor.chat.messages import AssistantMessage, Message, SystemMessage, UserMessage
 
 if TYPE_CHECKING:
     from llamactor.chat.shift import Window
@@ -37,6 +37,13 @@ class History(msgspec.Struct, frozen=True):
         """Return it with messages at its end."""
         return History(self.messages + messages, self.window)
 
+    def without_tokens(self) -> History:
+        """Return it for another model, whose vocabulary knows nothing of the tokens of this one."""
+        window = self.window
+        if window is not None:
+            window = msgspec.structs.replace(window, messages=_untold(window.messages))
+        return History(_untold(self.messages), window)
+
     def cut(self, length: int) -> History:
         """Return its first `length` messages; a window that knows of more is given up."""
         keeps = self.window is not None and self.window.covers <= length
@@ -45,6 +52,16 @@ class History(msgspec.Struct, frozen=True):
     def shifted(self, window: Window) -> History:
         """Return it with a window for all of it."""
         return History(self.messages, None if window.messages == self.messages else window)
+
+
+def _untold(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages without the tokens that a model has written them with."""
+    return tuple(
+        msgspec.structs.replace(item, tokens=None, content_start=0)
+        if isinstance(item, AssistantMessage)
+        else item
+        for item in messages
+    )
 
 
 def leading_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 import msgspec
 
 from llamactor import _checks as check
+from llamactor._home import Moving
 from llamactor._hub import check_loop, finalisers_rest, running_loop
 from llamactor._opening import Opening
+from llamactor._work import Work, work_of
 from llamactor.chat.completion import CompletionEngine, OnGeneration
 from llamactor.chat.history import History, leading_system
 from llamactor.chat.messages import Message, MessageLike, SystemMessage, UserMessage, to_messages
@@ -98,7 +100,7 @@ class ChatSession:
 
         Args:
             target: A model, whose default context it uses, or a context, or a sequence, whose
-                context it uses.
+                context it uses, or a runtime's handle, which it follows.
             system_prompt: What the model is told first; None leaves that to the template.
             history: Messages to begin with, after `system_prompt`.
             tools: Tools that the model may call, unless a prompt has its own; see `prompt`.
@@ -118,7 +120,8 @@ class ChatSession:
         """
         self._loop = running_loop("a chat session")
         home = target if isinstance(target, tuple) else target._home()  # noqa: SLF001 -- for this
-        self._home: Home = home
+        self._last_home: Home = home
+        self._moving = target if isinstance(target, Moving) else None
         self._settings = ChatSettings(
             options=generation_options(options),
             tools=to_toolbox(tools),
@@ -130,6 +133,25 @@ class ChatSession:
         self._closed = False
         self._check_open()
         self._state = ChatState(_beginning(system_prompt, history), home.context.new_chat())
+
+    @property
+    def _home(self) -> Home:
+        """Where it runs now; a handle may mean another model than before.
+
+        Raises:
+            ModelNotLoadedError: it was made with a handle that means none now.
+        """
+        if self._moving is not None:
+            home, before = self._moving._home(), self._last_home  # noqa: SLF001 -- for this
+            if home.template != before.template and self._settings.template == before.template:
+                self._settings = msgspec.structs.replace(self._settings, template=home.template)
+            self._last_home = home
+        return self._last_home
+
+    @property
+    def _work(self) -> Work | None:
+        """What counts its predictions as work of the model."""
+        return work_of(self._home.owner)
 
     # --- what it is -------------------------------------------------------------------------------
 
@@ -159,7 +181,9 @@ class ChatSession:
     @property
     def closed(self) -> bool:
         """Whether it, its context or its model was closed."""
-        return self._closed or self._home.context.closed
+        if self._moving is not None:
+            return self._closed or self._moving.closed
+        return self._closed or self._last_home.context.closed
 
     # --- what it says -----------------------------------------------------------------------------
 
@@ -387,8 +411,8 @@ class ChatSession:
         """
         async with self._waiting() as state:
             settings = self._settings
-            return ChatSession(
-                self._home,
+            session = ChatSession(
+                self._moving or self._home,
                 history=state.history,
                 tools=settings.tools,
                 chat_template=settings.template,
@@ -396,6 +420,8 @@ class ChatSession:
                 on_message=settings.on_message,
                 options=settings.options,
             )
+            session._state.home = state.home
+            return session
 
     # --- what is kept of it -----------------------------------------------------------------------
 
@@ -481,7 +507,7 @@ class ChatSession:
 
     def _saved(self) -> SavedChat:
         settings, history = self._settings, self._state.history
-        own = settings.template == self._home.template
+        own = settings.template == self._last_home.template
         return SavedChat(
             history=history.messages,
             window=history.window,
@@ -517,7 +543,7 @@ class ChatSession:
         error = ClosedError("the chat session was closed")
         for ended in [turn.close(error) for turn in self._state.turns]:
             await ended.wait()
-        self._home.context.forget_chat(self._state.key)
+        self._last_home.context.forget_chat(self._state.key)
 
     async def __aenter__(self) -> ChatSession:
         """Return itself; never suspends."""
@@ -543,6 +569,7 @@ class ChatSession:
         on_message: OnMessage | None = None,
         **flags: bool,
     ) -> TurnRequest:
+        _ = self._home  # a handle may mean another model by now, with another template
         settings = self._settings
         options = generation_options({"options": settings.options, **keywords})
         # What only prepares a prompt has the window of one.
@@ -614,7 +641,7 @@ class ChatSession:
         """Forget what it left in the context; on whatever thread this runs."""
         state = getattr(self, "_state", None)
         if state is not None and not finalisers_rest():
-            self._home.context.forget_chat(state.key)
+            self._last_home.context.forget_chat(state.key)
 
 
 def respond_to(

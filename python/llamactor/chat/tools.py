@@ -23,9 +23,10 @@ import msgspec
 
 from llamactor import _checks as check
 from llamactor.calls import ToolCall, json_object
-from llamactor.chat.messages import ToolMessage
+from llamactor.chat.messages import Message, ToolMessage
 from llamactor.chat.template import check_tool_definitions
 from llamactor.errors import LlamactorError, ToolCallError, ToolExecutionError
+from llamactor.options import GenerationKeywords
 from llamactor.prediction import ToolResult
 from llamactor.schema import schema_of, schema_of_function
 
@@ -288,6 +289,17 @@ def _bare(item: Mapping[str, Any]) -> tuple[Tool, Mapping[str, Any]]:
 def to_toolbox(tools: Iterable[ToolLike] | Toolbox | None) -> Toolbox:
     """Return a toolbox of what was given; None is an empty one."""
     return tools if isinstance(tools, Toolbox) else Toolbox(tools or ())
+
+
+class ToolKeywords(GenerationKeywords, total=False):
+    """How a prediction generates and uses its tools; see `Model.act`."""
+
+    tool_choice: str
+    max_rounds: int | None
+    parallel_tools: bool
+    on_tool_error: OnToolError
+    guard: Guard | None
+    on_message: Callable[[Message], object] | None
 
 
 class ToolUse(msgspec.Struct, frozen=True, kw_only=True):

@@ -91,7 +91,17 @@ class ChatUsage(msgspec.Struct, frozen=True):
 class ChatState:
     """What changes in a chat; its turns share it."""
 
-    __slots__ = ("_history", "cells", "engines", "key", "line", "revision", "turns", "usage")
+    __slots__ = (
+        "_history",
+        "cells",
+        "engines",
+        "home",
+        "key",
+        "line",
+        "revision",
+        "turns",
+        "usage",
+    )
 
     def __init__(self, history: History, key: int) -> None:
         """Begin with a history; `key` is the chat's in the core, 0 for none."""
@@ -101,6 +111,8 @@ class ChatState:
         self.key = key
         self.cells: list[int] = []
         """The tokens that were last evaluated for it, prompt and answer."""
+        self.home: Home | None = None
+        """Where its last turn ran."""
         self.line = Line()
         self.turns: set[Turn] = set()
         self.engines: weakref.WeakSet[CompletionEngine] = weakref.WeakSet()
@@ -119,6 +131,13 @@ class ChatState:
         self.revision += 1
         for engine in list(self.engines):
             engine.invalidate()
+
+    def move_to(self, home: Home) -> None:
+        """Run there from now on; another context holds nothing of it, and may have other tokens."""
+        before, self.home = self.home, home
+        if before is not None and before.context is not home.context:
+            self.cells = []
+            self.history = self.history.without_tokens()
 
 
 class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -234,6 +253,7 @@ class Turn:
         try:
             async with self._in_time():
                 await self._place.reached()
+                self._state.move_to(self._home)
                 await self._begin(self._state.history.added(*self._request.added))
             while self._rounds.may_follow and not self._ended.is_set():
                 await self._round()
@@ -340,6 +360,7 @@ class Turn:
             native["reasoning"] = _marks(rendered.reasoning)
         if rendered.calls is not None:
             native["calls"] = rendered.calls.reader
+            native["constraint"] = _constraint(native["constraint"], rendered.calls.constraint)
         if self._rounds.ended:
             native["response_prefix"], native["max_tokens"] = None, self._rounds.left
         if self._deadline is not None:
@@ -404,7 +425,13 @@ class Turn:
         last = self._deferred.last_round() if ended > self._rounds.ended else None
         ending = None if last is None else self._ending(last)
         said = self._rounds.said(ending, result.stop_reason)
-        return msgspec.structs.replace(result, rounds=max(ended, 1), messages=tuple(said))
+        return msgspec.structs.replace(
+            result,
+            rounds=max(ended, 1),
+            messages=tuple(said),
+            # That calls are kept to a form is nobody's wish.
+            completed=result.completed or self._native["constraint"] is None,
+        )
 
     def _ending(self, last: PredictionResult) -> AssistantMessage | None:
         """What the last round has said; None for nothing, which a cut call is too."""
@@ -503,6 +530,17 @@ def cut_tokens(model: _core.Model, tokens: list[int], text: str) -> list[int] | 
 def respond(home: Home, request: TurnRequest, messages: tuple[Message, ...]) -> Prediction:
     """Start the answer to `messages`, which leaves nothing behind but a cached prefix."""
     return Turn(home, ChatState(History(messages), 0), request).launch(home.owner)
+
+
+def _constraint(
+    wished: dict[str, Any] | None, of_calls: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """What an answer must obey that may call tools, and else be what is wished for."""
+    if wished is None or of_calls is None:
+        return wished or of_calls
+    if of_calls["kind"] != "lazy":
+        return of_calls  # the call comes first
+    return {"kind": "any", "of": [of_calls["of"], wished]}
 
 
 def _marks(tags: ReasoningTags | None) -> ReasoningMarks | None:

@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import msgspec
+from cyclopts import Group, Parameter
 
 from llamactor.chat import AssistantMessage, Message, UserMessage
 from llamactor.chat.session import ChatSession
-from llamactor.cli.terminal import STDIN, explained, loaded, read_lines, say, statistics, write
+from llamactor.cli.flags import (
+    OUTPUT,
+    ChatFlags,
+    LoadFlags,
+    Preset,
+    Reference,
+    Stats,
+    Text,
+    variable,
+)
+from llamactor.cli.terminal import (
+    STDIN,
+    Work,
+    explained,
+    read_lines,
+    say,
+    statistics,
+    write,
+)
+from llamactor.cli.using import Use, Wanted, using
 from llamactor.errors import LlamactorError
-from llamactor.loading import load_model
 from llamactor.prediction import Prediction, PredictionResult, SegmentEnd, TextDelta
+from llamactor.store.refs import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
 
-    from llamactor.cli.arguments import ChatArguments
     from llamactor.cli.editor import Editor
     from llamactor.cli.terminal import Interrupts
-    from llamactor.model import Model
 
 HELP = {
     "/save PATH": "write the conversation to a file",
@@ -47,36 +67,131 @@ class CommandError(ValueError):
     """A line that begins with "/" and cannot be obeyed."""
 
 
-async def chat(arguments: ChatArguments, interrupts: Interrupts) -> int:
+class ChatArguments(msgspec.Struct, frozen=True, kw_only=True):
+    """What a chat was told."""
+
+    wanted: Wanted
+    """The model, and how it answers."""
+    system_prompt: str | None
+    """What the model is told first."""
+    saved: Path | None
+    """A saved session to go on with."""
+    template_kwargs: Mapping[str, object]
+    """Variables for the chat template."""
+    stats: bool
+    """Whether each answer is followed by what it took, on stderr."""
+    echo: bool
+    """Whether lines that come from a pipe are printed before their answers."""
+
+
+@Parameter(name="*", group=Group("The conversation", sort_key=1), negative=(), show_default=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConversationFlags:
+    """What a conversation begins with."""
+
+    system: Text = None
+    """What the model is told first."""
+    system_file: Path | None = None
+    """The same, from a file."""
+    load: Path | None = None
+    """Go on with what /save saved."""
+    chat_template: Path | None = None
+    """Jinja file in place of the model's own."""
+    template_kwarg: Annotated[
+        list[tuple[str, object]] | None,
+        Parameter(converter=variable, n_tokens=1, metavar="NAME=VALUE"),
+    ] = None
+    """Variable for the template, as enable_thinking=false; may be given again."""
+
+    def system_prompt(self) -> str | None:
+        """Return what the model is told first.
+
+        Raises:
+            ValueError: it is said in two places.
+        """
+        if (self.system, self.system_file, self.load).count(None) < 2:
+            raise ValueError(
+                "what the model is told first comes from one place: "
+                "--system, --system-file, or the saved session of --load"
+            )
+        if self.system_file is None:
+            return self.system
+        return self.system_file.read_text(encoding="utf-8").rstrip("\n")
+
+
+def chat(
+    ref: Reference = DEFAULT_MODEL,
+    /,
+    *,
+    conversation: ConversationFlags = ConversationFlags(),
+    preset: Preset = None,
+    answer: ChatFlags = ChatFlags(),  # noqa: B008 -- frozen
+    loading: LoadFlags = LoadFlags(),  # noqa: B008 -- frozen
+    stats: Stats = False,
+    echo: Annotated[
+        bool,
+        Parameter(
+            group=OUTPUT,
+            negative=(),
+            show_default=False,
+            help="Print lines of a pipe before their answers.",
+        ),
+    ] = False,
+) -> Work:
+    """Talk with a model.
+
+    In a terminal: Ctrl-C cancels an answer, Ctrl-D ends, /help lists what else there is. Lines
+    from a pipe are answered one after the other, each on lines of its own.
+    """
+    more: dict[str, object] = {}
+    if conversation.chat_template is not None:
+        more["chat_template"] = conversation.chat_template.read_text(encoding="utf-8")
+    arguments = ChatArguments(
+        wanted=Wanted(
+            model=ref,
+            loading=loading.keywords(**more),
+            generation=answer.keywords(),
+            preset=preset,
+        ),
+        system_prompt=conversation.system_prompt(),
+        saved=conversation.load,
+        template_kwargs=dict(conversation.template_kwarg or ()),
+        stats=stats,
+        echo=echo,
+    )
+    return partial(_chat, arguments)
+
+
+async def _chat(arguments: ChatArguments, interrupts: Interrupts) -> int:
     """Talk until the input ends and return the exit status.
 
     Cancelling this cancels the answer that is being given and closes the model.
     """
-    async with await loaded(load_model(arguments.model, **arguments.loading)) as model:
-        session = await _session(model, arguments)
+    async with using(arguments.wanted) as use:
+        session = await _session(use, arguments)
         if os.isatty(STDIN) and sys.stdout.isatty():
-            await TerminalChat(model, session, arguments, interrupts).run()
+            await TerminalChat(use, session, arguments, interrupts).run()
         else:
-            await PipeChat(model, session, arguments).run()
+            await PipeChat(use, session, arguments).run()
     return 0
 
 
-async def _session(model: Model, arguments: ChatArguments) -> ChatSession:
+async def _session(use: Use, arguments: ChatArguments) -> ChatSession:
     if arguments.saved is not None:
-        return await ChatSession.restore(arguments.saved, model, **arguments.generation)
-    return model.chat(
+        return await ChatSession.restore(arguments.saved, use.model, **use.generation)
+    return use.model.chat(
         system_prompt=arguments.system_prompt,
         template_kwargs=arguments.template_kwargs,
-        **arguments.generation,
+        **use.generation,
     )
 
 
 class Conversation:
     """A session and the commands that one can give about it, wherever its lines come from."""
 
-    def __init__(self, model: Model, session: ChatSession, arguments: ChatArguments) -> None:
+    def __init__(self, use: Use, session: ChatSession, arguments: ChatArguments) -> None:
         """Go on with `session`."""
-        self.model = model
+        self.use = use
         self.session = session
         self.arguments = arguments
         self.last: PredictionResult | None = None
@@ -123,6 +238,7 @@ class Conversation:
 
     async def _prompt(self, text: str) -> None:
         self.last = await self.answer(self.session.prompt(text))
+        self.use.note(self.last)
         if self.arguments.stats:
             say(statistics(self.last))
 
@@ -135,7 +251,7 @@ class Conversation:
     async def load(self, argument: str) -> None:
         """Go on with a saved conversation. Cancelling this goes on with this one."""
         path = _path(argument, "/load PATH")
-        restored = await ChatSession.restore(path, self.model, **self.arguments.generation)
+        restored = await ChatSession.restore(path, self.use.model, **self.use.generation)
         before, self.session = self.session, restored
         await before.aclose()
         self.note(f"loaded {_messages(restored.history)} from {path}")
@@ -198,7 +314,7 @@ class TerminalChat(Conversation):
 
     def __init__(
         self,
-        model: Model,
+        use: Use,
         session: ChatSession,
         arguments: ChatArguments,
         interrupts: Interrupts,
@@ -206,7 +322,7 @@ class TerminalChat(Conversation):
         """Go on with `session`, and with what Ctrl-C does in `interrupts`."""
         from llamactor.cli.editor import Editor  # a pipe needs no terminal library
 
-        super().__init__(model, session, arguments)
+        super().__init__(use, session, arguments)
         self._interrupts = interrupts
         paths = {usage.split()[0]: usage.endswith("PATH") for usage in HELP}
         self._editor: Editor = Editor(interrupts, paths)
@@ -218,7 +334,8 @@ class TerminalChat(Conversation):
 
     async def run(self) -> None:
         """Take lines until the user has enough. Cancelling this gives the terminal back."""
-        self.note(f"{self.model.info.name or self.model.info.path}; /help shows the commands")
+        info = self.use.model.info
+        self.note(f"{info.name or info.path}; /help shows the commands")
         # A signal may come between an answer and the next prompt.
         with self._editor, self._interrupts.calling(self._editor.interrupted):
             async for line in self._editor.lines():

@@ -1,20 +1,24 @@
-"""What both commands share with the user: Ctrl-C, streams, progress, statistics."""
+"""What all commands share with the user: Ctrl-C, streams, progress, statistics."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import io
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Iterator
+
+    import rich.progress
 
     from llamactor.loading import Loading
     from llamactor.model import Model
@@ -30,6 +34,19 @@ _PICTURES = str.maketrans(
     | {0x7F: "\u2421"}
     | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 )
+
+
+class Status(enum.IntEnum):
+    """What the program's exit status says."""
+
+    DONE = 0
+    FAILED = 1
+    """Stderr says why, in one line."""
+    WRONG_ARGUMENTS = 2
+    NOT_FOUND = 3
+    """There is no such model or preset."""
+    INTERRUPTED = 130
+    """What shells report for a process that Ctrl-C has ended."""
 
 
 class Interrupts:
@@ -75,6 +92,10 @@ class Interrupts:
             loop.remove_signal_handler(number)
 
 
+Work: TypeAlias = Callable[[Interrupts], Coroutine[Any, Any, int]]
+"""What a command does when its arguments are right; its value is the exit status."""
+
+
 def write(text: str, *, faint: bool = False) -> None:
     """Write to stdout at once; a terminal gets no control characters but newline and tab.
 
@@ -106,6 +127,12 @@ def has_colours() -> bool:
     return "NO_COLOR" not in os.environ and os.environ.get("TERM", "dumb") != "dumb"
 
 
+def complain(error: object) -> None:
+    """Tell on stderr what went wrong, in one line."""
+    text = explained(error) if isinstance(error, Exception) else str(error)
+    say(f"llamactor: {' '.join(text.split())}\n")
+
+
 def explained(error: Exception) -> str:
     """Return what went wrong, in words alone."""
     if not isinstance(error, OSError) or error.strerror is None:
@@ -125,19 +152,59 @@ def discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-async def loaded(loading: Loading) -> Model:
+class Progress:
+    """A bar on stderr, where somebody looks on; gone when the work is done."""
+
+    def __init__(self, bar: rich.progress.Progress | None, task: Any) -> None:
+        """Move a bar; made by `progress`."""
+        self._bar = bar
+        self._task = task
+
+    def at(self, done: float, *, total: float | None = None, what: str | None = None) -> None:
+        """Show how far it is, of how much if that was not known, and what it does."""
+        if self._bar is not None:
+            text = None if what is None else visible(what)
+            self._bar.update(self._task, completed=done, total=total, description=text)
+
+
+@contextlib.contextmanager
+def progress(what: str, *, total: float | None = 1.0, in_bytes: bool = False) -> Iterator[Progress]:
+    """Show the progress of what is done in the block.
+
+    Args:
+        what: What it is.
+        total: The end; None is not known yet.
+        in_bytes: Whether `done` and `total` are bytes.
+    """
+    if not sys.stderr.isatty():
+        yield Progress(None, None)
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    with Bar(*_columns(in_bytes=in_bytes), console=console, transient=True) as bar:
+        yield Progress(bar, bar.add_task(visible(what), total=total))
+
+
+def _columns(*, in_bytes: bool) -> list[rich.progress.ProgressColumn]:
+    from rich import progress as bars
+
+    name = bars.TextColumn("{task.description}", markup=False)
+    if in_bytes:
+        speed = bars.TransferSpeedColumn()
+        return [name, bars.BarColumn(), bars.DownloadColumn(), speed, bars.TimeRemainingColumn()]
+    return [name, bars.BarColumn(), bars.TaskProgressColumn()]
+
+
+async def loaded(loading: Loading[Model]) -> Model:
     """Return the model, with its progress on stderr if that is a terminal.
 
     Cancelling this cancels the load; nothing stays loaded.
     """
-    shown = sys.stderr.isatty()
-    try:
-        async for progress in loading:
-            if shown:
-                say(f"\rloading {progress.fraction:4.0%} {progress.stage:<10}")
-    finally:
-        if shown:
-            say("\r" + " " * 25 + "\r")
+    with progress("loading") as bar:
+        async for step in loading:
+            bar.at(step.fraction, what=f"loading: {step.stage}")
     return await loading
 
 

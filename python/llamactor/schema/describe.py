@@ -64,14 +64,15 @@ class _Notation:
     def __init__(self, root: Json) -> None:
         self._root = root
         self._names: dict[str, str] = {}
+        self._references: list[str] = []
 
     def whole(self) -> str:
-        text = self.schema(self._root, "")
-        parts = [text]
-        done = 0
-        while done < len(self._names):  # what is written may name more
-            reference, name = list(self._names.items())[done]
-            done += 1
+        parts = [self.schema(self._root, "")]
+        for reference in self._references:  # what is written may name more
+            name = self._names[reference]
+            if reference == "#":
+                parts.append(f"where {name} is all of this again")
+                continue
             body = self.schema(resolved(self._root, {"$ref": reference}), "")
             parts.append(f"where {name} is\n{body}")
         return "\n\n".join(parts)
@@ -129,8 +130,11 @@ class _Notation:
         return f"[{', '.join(items)}]"
 
     def _name(self, reference: str) -> str:
-        name = reference.rpartition("/")[2].strip("#") or "Answer"
-        return self._names.setdefault(reference, name)
+        if reference not in self._names:
+            name = reference.rpartition("/")[2].strip("#") or "Answer"
+            self._names[reference] = reference if name in self._names.values() else name
+            self._references.append(reference)
+        return self._names[reference]
 
 
 def _limits(schema: Mapping[str, Any]) -> Iterator[str]:

@@ -85,7 +85,7 @@ class _Docstring:
         import docstring_parser
 
         parsed = docstring_parser.parse(inspect.getdoc(function) or "")
-        self.description = parsed.description or ""
+        self.description = (parsed.description or "").strip()
         self.parameters = {
             item.arg_name.lstrip("*"): " ".join(item.description.split())
             for item in parsed.params

@@ -16,16 +16,15 @@ MAX_REPAIRED = 1 << 20
 """Characters of a text that is repaired; the library takes some 10 µs for each."""
 
 _FENCE = re.compile(r"```[ \t]*\w*[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
-_OPENING = re.compile(r"[{\[]")
 
 
 def repair(text: str, spec: Any) -> Any:
     """Return the value that a text means, for models that no grammar constrains.
 
-    What is looked for, in this order: the whole text as JSON, then blocks between code fences, then
-    all from the first opening bracket to the last closing one, then the whole again; first as they
-    are, then repaired (quotes, commas and brackets that are missing or wrong, comments, Python's
-    words). What fits the schema first is returned. Nothing is invented: values that are missing
+    What is looked for, in this order: the whole text, blocks between code fences, all from the
+    first bracket to the last one that closes its kind, or to the end; first as they are, then
+    repaired (quotes, commas and brackets that are missing or wrong, comments, Python's words), the
+    whole last. What fits the schema first is returned. Nothing is invented: values that are missing
     stay missing.
 
     Args:
@@ -62,14 +61,12 @@ def _candidates(text: str) -> Iterator[str]:
 
 
 def _bracketed(text: str) -> Iterator[str]:
-    """All from the first opening bracket to the last of its kind that closes, or to the end."""
-    opening = _OPENING.search(text)
-    if opening is None:
-        return
-    start = opening.start()
-    end = text.rfind("}" if opening.group() == "{" else "]")
-    yield text[start : end + 1] if end > start else text[start:]
-    yield text[start:]
+    """From the first bracket of a kind to the last that closes one, and to the end."""
+    found = [(text.find(opening), text.rfind(closing)) for opening, closing in ("{}", "[]")]
+    for start, end in sorted(pair for pair in found if pair[0] >= 0):
+        if end > start:
+            yield text[start : end + 1]
+        yield text[start:]
 
 
 def _repaired(text: str) -> Iterator[str]:

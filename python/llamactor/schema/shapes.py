@@ -36,6 +36,9 @@ class Held(Shape):
         return value if self._decode is None else _read(self._decode, value, value)
 
 
+HELD = Held()
+
+
 class Array(Shape):
     """An array, shown as a list until it is closed."""
 
@@ -144,8 +147,8 @@ class Choice(Shape):
         return self._scalar.scalar(value)
 
     def member(self, key: str) -> Shape:
-        """Return the shape of a member of the one kind of object there is."""
-        return self._object.member(key)
+        """Return the shape of a member of the one kind of object there is, or of the tag."""
+        return HELD if key == self._tags[0] else self._object.member(key)
 
     def item(self, index: int) -> Shape:
         """Return the shape of an item of the one kind of array there is."""
@@ -242,7 +245,7 @@ class TypeShapes:
             return Held(self._decoder(_TEXT_TYPES[type(node)]))
         if isinstance(node, (*_RECORDS, info.NamedTupleType)):
             return self._record(node)
-        return Held()
+        return HELD
 
     def _record(self, node: Any) -> Shape:
         shape = self._records.get(node.cls)
@@ -272,7 +275,7 @@ class TypeShapes:
         return Choice(
             [self.shape(node) for node in objects],
             [self.shape(node) for node in arrays],
-            ANYTHING if texts else self.shape(others[0]) if len(others) == 1 else Held(),
+            ANYTHING if texts else self.shape(others[0]) if len(others) == 1 else HELD,
             self._tags(objects),
         )
 

@@ -144,6 +144,11 @@ class _Writer:
         items = self.schema(node.item_type, f"{where}[]")
         return _with_limits({"type": "array", "items": items}, node, "Items")
 
+    def collection(self, node: Any, where: str) -> Json:
+        """Return the schema of a set: repeats do no harm unless it has to be of a size."""
+        schema = self.array(node, where)
+        return {**schema, "uniqueItems": True} if schema.get("minItems", 0) > 1 else schema
+
     def row(self, types: list[info.Type], required: int, where: str) -> Json:
         return {
             "type": "array",
@@ -234,8 +239,8 @@ class _Writer:
 
 _COMPOSED: dict[type, Callable[[_Writer, Any, str], Json]] = {
     info.ListType: _Writer.array,
-    info.SetType: _Writer.array,
-    info.FrozenSetType: _Writer.array,
+    info.SetType: _Writer.collection,
+    info.FrozenSetType: _Writer.collection,
     info.VarTupleType: _Writer.array,
     info.CollectionType: _Writer.array,
     info.TupleType: _Writer.fixed,

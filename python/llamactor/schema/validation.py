@@ -21,6 +21,10 @@ MAX_MESSAGE = 500
 """Characters of a message, which may quote the value."""
 
 
+class _UnusableError(ValueError):
+    """A schema says what is not supported."""
+
+
 class Validator:
     """Validates plain data against one JSON Schema."""
 
@@ -47,6 +51,8 @@ class Validator:
             best = jsonschema.exceptions.best_match(errors)
         except RecursionError:
             return SchemaValidationError("this is nested too deep to be validated", (), value)
+        except _UnusableError as error:
+            raise ValueError(f"this is no usable JSON Schema: {error}") from None
         except Exception as error:
             raise ValueError(f"this is no usable JSON Schema: {self._reason(error)}") from error
         if best is None:
@@ -111,7 +117,10 @@ def _bounded(base: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(pattern: str) -> _core.Pattern:
-    return _core.Pattern(pattern)
+    try:
+        return _core.Pattern(pattern)
+    except ValueError as error:
+        raise _UnusableError(f"the pattern {pattern[:MAX_MESSAGE]!r}: {error}") from None
 
 
 def _error(message: str) -> jsonschema.ValidationError:
@@ -154,6 +163,6 @@ def _additional_properties(
 
 def _unsupported(keyword: str) -> Any:
     def refuse(*_: object) -> Iterator[Any]:
-        raise ValueError(f"the keyword {keyword} is not supported")
+        raise _UnusableError(f"the keyword {keyword} is not supported")
 
     return refuse

@@ -227,7 +227,7 @@ class _Modelled(Kind):
             self._adapter = pydantic.TypeAdapter(hint)
             schema = self._adapter.json_schema()
         except (pydantic.PydanticUserError, pydantic.errors.PydanticInvalidForJsonSchema) as error:
-            raise TypeError(f"{type_name(hint)} has no JSON Schema: {error}") from None
+            raise TypeError(f"{type_name(hint)} has no JSON Schema: {error.message}") from None
         self.text = _encoded(_without_root_reference(adapted(schema)))
         self._error: type[Exception] = pydantic.ValidationError
 

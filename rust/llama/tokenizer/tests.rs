@@ -107,6 +107,7 @@ fn load(path: &Path) -> Model {
         use_mmap: true,
         use_mlock: false,
         vocab_only: true,
+        outline: false,
         check_tensors: false,
         overrides: Vec::new(),
         lora: Vec::new(),

@@ -126,6 +126,7 @@ pub struct Calls {
     /// Bytes of it that the automaton has seen.
     n_seen: usize,
     unit: Option<Box<Unit>>,
+    n_units: usize,
     n_tokens: usize,
     n_started: usize,
     n_whole: usize,
@@ -146,6 +147,7 @@ impl Calls {
             held: VecDeque::new(),
             n_seen: 0,
             unit: None,
+            n_units: 0,
             n_tokens: 0,
             n_started: 0,
             n_whole: 0,
@@ -155,6 +157,16 @@ impl Calls {
     /// How many calls are whole.
     pub fn n_whole(&self) -> usize {
         self.n_whole
+    }
+
+    /// What tells reasoning from content.
+    pub fn segments(&self) -> &Segments {
+        &self.inner
+    }
+
+    /// The same, to be told what to do.
+    pub fn segments_mut(&mut self) -> &mut Segments {
+        &mut self.inner
     }
 
     /// The token that comes next, whatever the model would draw.
@@ -205,9 +217,16 @@ impl Calls {
     #[must_use = "a waiting stop string may have matched"]
     pub fn finish(&mut self, out: &mut Parts) -> Option<StopMatch> {
         while self.unit.is_some() {
-            let stop = self.read(true, 0.0, out).or_else(|| self.close_unit(out));
-            if stop.is_some() {
-                return stop;
+            let n_units = self.n_units;
+            if let Some(stop) = self.read(true, 0.0, out) {
+                return Some(stop);
+            }
+            // Reading may have left this one, and found the next.
+            if self.unit.is_some()
+                && self.n_units == n_units
+                && let Some(stop) = self.close_unit(out)
+            {
+                return Some(stop);
             }
         }
         loop {
@@ -249,6 +268,7 @@ impl Calls {
                 Some(Found::Trigger { .. }) => {
                     self.rewind();
                     self.unit = Some(Box::new(Unit::new(self.held.drain(..))));
+                    self.n_units += 1;
                     return self.read(false, now, out);
                 }
             }

@@ -195,6 +195,8 @@ pub struct Segments {
     origins: Origins,
     /// For content and for reasoning.
     finders: [Finder; 2],
+    /// For content in which no tag is looked for any more.
+    settled: Option<Finder>,
     content: TextStream,
     reasoning: TextStream,
     batching: Option<Batching>,
@@ -222,12 +224,14 @@ impl Segments {
     pub fn new(options: SegmentOptions, text: TextOptions) -> Self {
         let outside = Finder::new(&options.start, &text.stop_strings, &text.stop_tokens);
         let inside = Finder::new(&options.end, &[], &[]);
+        let settled = Finder::new(&Tag::default(), &text.stop_strings, &text.stop_tokens);
         let content = TextOptions { stop_strings: Vec::new(), stop_tokens: Vec::new(), ..text };
         Self {
             utf8: Utf8Assembler::default(),
             pending: Pending::default(),
             origins: Origins::default(),
             finders: [outside, inside],
+            settled: Some(settled),
             batching: content.batching,
             content: TextStream::new(content),
             reasoning: TextStream::new(TextOptions::default()),
@@ -292,6 +296,20 @@ impl Segments {
     /// The token that comes next, whatever the model would draw.
     pub fn forced(&self) -> Option<Token> {
         self.n_forced.and_then(|n_forced| self.closing.get(n_forced).copied())
+    }
+
+    /// Whether reasoning is going on.
+    pub fn is_inside(&self) -> bool {
+        self.inside
+    }
+
+    /// From the next token on all is content, whatever it says.
+    pub fn settle(&mut self) {
+        let Some(mut settled) = self.settled.take() else { return };
+        // What is pending may be the beginning of a stop.
+        let pending = self.pending.published;
+        let _ = settled.push(None, self.pending.since(pending), pending);
+        self.finders[0] = settled;
     }
 
     /// Takes in one token and its bytes, as [`TextStream::push`] does.
@@ -418,11 +436,6 @@ impl Segments {
 
     // ---- calls ---------------------------------------------------------------------------------
 
-    /// Whether what comes next is reasoning.
-    pub fn is_inside(&self) -> bool {
-        self.inside
-    }
-
     /// Whether the prompt opened a segment.
     pub fn begins_inside(&self) -> bool {
         self.opened
@@ -520,9 +533,19 @@ impl Segments {
     fn close_if_exhausted(&mut self, now: f64, out: &mut Parts) {
         let (Some(budget), true) = (self.budget, self.inside) else { return };
         let patience = if self.utf8.len > 0 { CHARACTER_TOKENS } else { 0 };
-        if self.n_reasoned < budget.saturating_add(patience) {
-            return;
+        if self.n_reasoned >= budget.saturating_add(patience) {
+            self.force(now, out);
         }
+    }
+
+    /// Has the segment that is open closed: its closing tokens come next.
+    pub fn close_now(&mut self, out: &mut Parts) {
+        if self.inside && self.n_forced.is_none() {
+            self.force(0.0, out);
+        }
+    }
+
+    fn force(&mut self, now: f64, out: &mut Parts) {
         self.utf8.finish(&mut self.pending.text);
         self.release(self.pending.end(), now, out);
         self.finish_stream(out);

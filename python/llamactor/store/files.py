@@ -1,0 +1,183 @@
+"""Reading, copying and checking files; everything here blocks, and can be told to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+from llamactor.errors import ModelLoadError
+from llamactor.store.header import read_header
+from llamactor.store.records import DownloadProgress, ModelFile
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Sequence
+
+    from llamactor.store.records import ReportProgress, StoredModel
+    from llamactor.store.threads import Stop
+
+CHUNK: Final = 1 << 20
+"""Bytes that are read at once."""
+GIVEN_UP: Final = 3600.0
+"""Seconds without a byte after which a copy counts as given up."""
+PARTIAL_IMPORT: Final = ".import-"
+"""What the name of a folder begins with while it is copied into."""
+
+
+class Reporter:
+    """Tells the event loop how far a thread is, no faster than the loop can hear it."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, progress: ReportProgress | None, total: int
+    ) -> None:
+        """Report what is done of `total` bytes to `progress`, if there is one."""
+        self._loop = loop
+        self._progress = progress
+        self._total = total
+        self._done = 0
+        self._file = ""
+        self._scheduled = False
+
+    def begin(self, file: str) -> None:
+        """Say which file is at work."""
+        self._file = file
+        self.advance(0)
+
+    def advance(self, count: int) -> None:
+        """Add bytes to what is done; a negative count takes some back."""
+        self._done += count
+        if self._progress is not None and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        self._scheduled = False  # first, so that nothing that comes now is lost
+        assert self._progress is not None
+        self._progress(DownloadProgress(self._file, self._done, self._total))
+
+
+def total_size(paths: Sequence[Path]) -> int:
+    """Return the bytes of all files."""
+    return sum(path.stat().st_size for path in paths)
+
+
+def checksums(paths: Sequence[Path], stop: Stop, reporter: Reporter) -> tuple[ModelFile, ...]:
+    """Return the files with their sizes and SHA-256."""
+    return tuple(_checksum(path, stop, reporter) for path in paths)
+
+
+def _checksum(
+    path: Path, stop: Stop, reporter: Reporter, copy: BinaryIO | None = None
+) -> ModelFile:
+    digest = hashlib.sha256()
+    size = 0
+    reporter.begin(path.name)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            stop.check()
+            digest.update(chunk)
+            if copy is not None:
+                copy.write(chunk)
+            size += len(chunk)
+            reporter.advance(len(chunk))
+    return ModelFile(path, size, digest.hexdigest())
+
+
+def copy_in(
+    paths: Sequence[Path], folder: Path, stop: Stop, reporter: Reporter
+) -> tuple[ModelFile, ...]:
+    """Copy files into a folder named by their content, whole or not at all; return the copies.
+
+    What was copied already is left as it is.
+    """
+    with _temporary(folder) as name:
+        copies = [_copy(path, Path(name), stop, reporter) for path in paths]
+        content = "".join(str(copy.sha256) for copy in copies)
+        place = folder / hashlib.sha256(content.encode()).hexdigest()[:16]
+        try:
+            Path(name).rename(place)
+        except OSError:
+            if not place.is_dir():  # else it is there already
+                raise
+    return tuple(ModelFile(place / copy.path.name, copy.size_bytes, copy.sha256) for copy in copies)
+
+
+def _temporary(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # it was empty, and another process removed it
+            return tempfile.TemporaryDirectory(prefix=PARTIAL_IMPORT, dir=folder)
+
+
+def _copy(source: Path, folder: Path, stop: Stop, reporter: Reporter) -> ModelFile:
+    with (folder / source.name).open("xb") as copy:
+        copied = _checksum(source, stop, reporter, copy)
+        copy.flush()
+        os.fsync(copy.fileno())
+    return copied
+
+
+def examine(
+    model: StoredModel, stop: Stop, reporter: Reporter
+) -> tuple[str | None, tuple[ModelFile, ...]]:
+    """Compare a model's files with its record: sizes, header and checksums, cheapest first.
+
+    Returns:
+        What is wrong, if anything, and the files with the checksums that are known now.
+    """
+    for file in model.files:
+        if not file.path.is_file():
+            return f"{file.path} is missing", model.files
+        size = file.path.stat().st_size
+        if size != file.size_bytes:
+            return f"{file.path} has {size} bytes, {file.size_bytes} are recorded", model.files
+    try:
+        header = read_header(model.path)
+    except ModelLoadError as error:
+        return str(error), model.files
+    for field in ("architecture", "quantization", "train_context_size", "parameters"):
+        found, recorded = getattr(header, field), getattr(model, field)
+        if found != recorded:
+            return f"{model.path} has {field} {found!r}, {recorded!r} is recorded", model.files
+    found_files = checksums([file.path for file in model.files], stop, reporter)
+    for file, known in zip(found_files, model.files, strict=True):
+        if known.sha256 is not None and file.sha256 != known.sha256:
+            return f"{file.path} has SHA-256 {file.sha256}, not {known.sha256}", model.files
+    return None, found_files
+
+
+def prune(folder: Path, partial: str, stop: Stop) -> int:
+    """Delete partial downloads that nobody is writing, and copies that were given up.
+
+    Returns:
+        The bytes that they had.
+    """
+    freed = 0
+    for path in sorted(folder.rglob(f"*{partial}")):
+        stop.check()
+        freed += _delete_unlocked(path)
+    for copy in sorted(folder.rglob(f"{PARTIAL_IMPORT}*")):
+        stop.check()
+        newest = max((path.stat().st_mtime for path in [copy, *copy.iterdir()]), default=0.0)
+        if newest < time.time() - GIVEN_UP:
+            freed += total_size(list(copy.iterdir()))
+            shutil.rmtree(copy, ignore_errors=True)
+    return freed
+
+
+def _delete_unlocked(path: Path) -> int:
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return 0
+        size = os.fstat(file.fileno()).st_size
+        path.unlink(missing_ok=True)
+        return size

@@ -1,0 +1,423 @@
+//! Follows a text through a GBNF grammar.
+//!
+//! llama.cpp keeps a list of stacks, each a vector; a grammar with two ways to say the same doubles them with every
+//! character, in C++ that nothing can interrupt. Here stacks that go on alike are one: a *node* stands for everybody
+//! who waits for a rule to end, and knows where each of them goes on. So the work for a character is bounded by the
+//! length of the text, whatever the grammar, and a rule may begin with itself.
+
+mod rules;
+
+use std::sync::Arc;
+
+use llguidance::toktrie::{Recognizer, SimpleVob, TokTrie};
+use rustc_hash::{FxHashMap, FxHashSet};
+
+use self::rules::Element;
+pub use self::rules::Rules;
+use crate::error::{Error, Result};
+use crate::llama::Token;
+
+/// Places in the grammar that one question may lead through; a tenth of a second's work, or two.
+const MAX_PLACES: u32 = 5_000_000;
+/// Rules that wait for others to end.
+const MAX_NODES: usize = 1_000_000;
+/// Nodes from which those that nobody needs are dropped.
+const SWEEP: usize = 4_096;
+
+/// Where a rule goes on once another has ended, or nowhere: the text is complete.
+const DONE: u32 = u32::MAX;
+
+/// What waits when nothing does.
+const BOTTOM: u32 = 0;
+
+/// A place in the grammar, and who waits for its rule to end.
+type Head = (u32, u32);
+
+/// Who waits for a rule: where each goes on, and who waits for that.
+type Node = Vec<Head>;
+
+/// A character of which some bytes have come.
+#[derive(Clone, Copy, Default, PartialEq)]
+struct Partial {
+    value: u32,
+    missing: u32,
+    /// The smallest character that so many bytes may stand for.
+    smallest: u32,
+}
+
+enum Decoded {
+    Char(u32),
+    Partial(Partial),
+    Invalid,
+}
+
+impl Partial {
+    fn push(self, byte: u8) -> Decoded {
+        let (value, missing, smallest) = match (self.missing, byte) {
+            (0, 0x00..=0x7f) => return Decoded::Char(byte.into()),
+            (0, 0xc2..=0xdf) => (u32::from(byte & 0x1f), 1, 0x80),
+            (0, 0xe0..=0xef) => (u32::from(byte & 0x0f), 2, 0x800),
+            (0, 0xf0..=0xf4) => (u32::from(byte & 0x07), 3, 0x1_0000),
+            (1.., 0x80..=0xbf) => (self.value << 6 | u32::from(byte & 0x3f), self.missing - 1, self.smallest),
+            _ => return Decoded::Invalid,
+        };
+        match missing {
+            0 if value < smallest => Decoded::Invalid,
+            0 => Decoded::Char(value),
+            _ => Decoded::Partial(Self { value, missing, smallest }),
+        }
+    }
+
+    /// The characters that it may become.
+    fn range(self) -> (u32, u32) {
+        let low = self.value << (6 * self.missing);
+        (low.max(self.smallest), low | ((1 << (6 * self.missing)) - 1))
+    }
+}
+
+/// What is known after some bytes.
+#[derive(Clone, Copy)]
+struct Frame {
+    /// Its heads, in `Matcher::heads`.
+    heads: (usize, usize),
+    n_nodes: usize,
+    partial: Partial,
+}
+
+/// A text on its way through a grammar.
+#[derive(Clone)]
+pub struct Matcher {
+    rules: Arc<Rules>,
+    nodes: Vec<Node>,
+    heads: Vec<Head>,
+    /// The first is the text so far; more follow while texts are tried.
+    frames: Vec<Frame>,
+    sweep_at: usize,
+    /// Places that may still be passed.
+    fuel: u32,
+    exceeded: bool,
+    scratch: Scratch,
+}
+
+/// What one step needs: kept for its memory.
+#[derive(Clone, Default)]
+struct Scratch {
+    work: Vec<Head>,
+    seen: FxHashSet<Head>,
+    /// The nodes of the rules that were called in this step.
+    calls: FxHashMap<u32, u32>,
+    /// Whether each of those nodes, which follow each other, was left already.
+    left: Vec<bool>,
+}
+
+impl Matcher {
+    /// At the beginning of a text.
+    ///
+    /// # Errors
+    /// `Grammar` if there is no text to begin with.
+    pub fn new(rules: Arc<Rules>) -> Result<Self> {
+        let mut matcher = Self {
+            rules,
+            nodes: vec![Node::new()],
+            heads: Vec::new(),
+            frames: Vec::new(),
+            sweep_at: SWEEP,
+            fuel: MAX_PLACES,
+            exceeded: false,
+            scratch: Scratch::default(),
+        };
+        let starts = matcher.rules.starts[matcher.rules.root as usize].clone();
+        matcher.scratch.work.extend(starts.into_iter().map(|start| (start, BOTTOM)));
+        if !matcher.advance(Partial::default()) {
+            return Err(Error::Grammar("the GBNF grammar allows no text: its rules never come to an end".into()));
+        }
+        Ok(matcher)
+    }
+
+    // ---- what others ask ------------------------------------------------------------------------------------------
+
+    /// Whether the text may go on with these bytes. Nothing changes.
+    pub fn allows(&mut self, bytes: &[u8]) -> bool {
+        self.fuel = MAX_PLACES;
+        let allowed = bytes.iter().all(|&byte| self.push(byte));
+        self.back_to(1);
+        allowed
+    }
+
+    /// Goes on with these bytes if it may.
+    pub fn accept(&mut self, bytes: &[u8]) -> bool {
+        self.fuel = MAX_PLACES;
+        let allowed = bytes.iter().all(|&byte| self.push(byte));
+        match allowed {
+            true => self.settle(),
+            false => self.back_to(1),
+        }
+        allowed
+    }
+
+    /// Whether the grammar names this token here.
+    pub fn allows_token(&self, token: Token) -> bool {
+        self.current().partial == Partial::default() && self.heads().iter().any(|&head| self.names(head, token))
+    }
+
+    /// Whether the grammar speaks of tokens here.
+    pub fn speaks_of_tokens(&self) -> bool {
+        let is_token = |&(place, _): &Head| matches!(self.element(place), Element::Token(_) | Element::NotToken(_));
+        self.current().partial == Partial::default() && self.heads().iter().any(is_token)
+    }
+
+    /// Goes on with a token that the grammar names, or with its bytes, or both.
+    pub fn accept_token(&mut self, token: Token, bytes: &[u8]) -> bool {
+        if !self.allows_token(token) {
+            return !bytes.is_empty() && self.accept(bytes);
+        }
+        let named: Vec<Head> = self.heads().iter().copied().filter(|&head| self.names(head, token)).collect();
+        let by_text = !bytes.is_empty() && bytes.iter().all(|&byte| self.push(byte));
+        let partial = if by_text { self.current().partial } else { Partial::default() };
+        // The two ways to read it go on side by side, unless the token ends inside a character.
+        if partial != Partial::default() {
+            self.settle();
+            return true;
+        }
+        let texts: Vec<Head> = if by_text { self.heads().to_vec() } else { Vec::new() };
+        let work = named.into_iter().map(|(place, node)| (place + 1, node)).chain(texts);
+        self.scratch.work.extend(work);
+        let allowed = self.advance(partial);
+        self.settle();
+        allowed
+    }
+
+    /// Whether the text may end here.
+    pub fn may_end(&self) -> bool {
+        self.current().partial == Partial::default() && self.heads().iter().any(|&(place, _)| place == DONE)
+    }
+
+    /// Whether it must.
+    pub fn is_over(&self) -> bool {
+        self.may_end() && self.heads().len() == 1
+    }
+
+    /// Adds the tokens whose texts may follow.
+    pub fn add_texts(&mut self, trie: &TokTrie, tokens: &mut SimpleVob) {
+        self.fuel = MAX_PLACES;
+        trie.add_bias(self, tokens, &[]);
+    }
+
+    /// Fails once there were too many ways to go on.
+    pub fn check(&self) -> Result<()> {
+        match self.exceeded {
+            false => Ok(()),
+            true => Err(Error::Grammar(format!(
+                "the GBNF grammar is too ambiguous: a token leads through more than {MAX_PLACES} places in it, or has \
+                 {MAX_NODES} rules wait for each other"
+            ))),
+        }
+    }
+
+    // ---- steps ----------------------------------------------------------------------------------------------------
+
+    fn current(&self) -> &Frame {
+        &self.frames[self.frames.len() - 1]
+    }
+
+    fn heads(&self) -> &[Head] {
+        let (start, end) = self.current().heads;
+        &self.heads[start..end]
+    }
+
+    fn element(&self, place: u32) -> Element {
+        self.rules.elements.get(place as usize).copied().unwrap_or(Element::End)
+    }
+
+    fn names(&self, (place, _): Head, token: Token) -> bool {
+        match self.element(place) {
+            Element::Token(named) => named == token,
+            Element::NotToken(named) => named != token,
+            _ => false,
+        }
+    }
+
+    fn push(&mut self, byte: u8) -> bool {
+        let frame = *self.current();
+        match frame.partial.push(byte) {
+            Decoded::Invalid => false,
+            Decoded::Partial(partial) => {
+                let (low, high) = partial.range();
+                let possible = self.heads().iter().any(|&(place, _)| self.fits(place, low, high));
+                if possible {
+                    self.frames.push(Frame { partial, n_nodes: self.nodes.len(), ..frame });
+                }
+                possible
+            }
+            Decoded::Char(c) => {
+                for index in frame.heads.0..frame.heads.1 {
+                    let (place, node) = self.heads[index];
+                    if self.fits(place, c, c) {
+                        self.scratch.work.push((place + 1, node));
+                    }
+                }
+                self.advance(Partial::default())
+            }
+        }
+    }
+
+    fn fits(&self, place: u32, low: u32, high: u32) -> bool {
+        match self.element(place) {
+            Element::Chars(set) => self.rules.sets[set as usize].meets(low, high),
+            _ => false,
+        }
+    }
+
+    /// Follows what is in `work` to the next terminals, and makes a frame of them. False if there is none.
+    fn advance(&mut self, partial: Partial) -> bool {
+        let (start, n_nodes) = (self.heads.len(), self.nodes.len());
+        self.scratch.seen.clear();
+        self.scratch.calls.clear();
+        self.scratch.left.clear();
+        while let Some(head) = self.scratch.work.pop() {
+            if self.scratch.seen.insert(head) {
+                self.follow(head);
+            }
+            self.fuel = self.fuel.saturating_sub(1);
+            if self.fuel == 0 || self.nodes.len() > MAX_NODES {
+                self.exceeded = true;
+                self.heads.truncate(start);
+                self.scratch.work.clear();
+            }
+        }
+        let end = self.heads.len();
+        if start == end {
+            self.nodes.truncate(n_nodes);
+            return false;
+        }
+        self.frames.push(Frame { heads: (start, end), n_nodes, partial });
+        true
+    }
+
+    fn follow(&mut self, head: Head) {
+        let (place, node) = head;
+        if place == DONE {
+            return self.heads.push(head);
+        }
+        match self.element(place) {
+            Element::End => self.leave(node),
+            Element::Rule(rule) => self.call(rule, place + 1, node),
+            _ => self.heads.push(head),
+        }
+    }
+
+    /// A rule has ended: everybody who waits for it goes on.
+    fn leave(&mut self, node: u32) {
+        if node == BOTTOM {
+            self.scratch.work.push((DONE, BOTTOM));
+            return;
+        }
+        let first = self.nodes.len() - self.scratch.left.len();
+        if let Some(left) = (node as usize).checked_sub(first).and_then(|call| self.scratch.left.get_mut(call)) {
+            *left = true;
+        }
+        self.scratch.work.extend_from_slice(&self.nodes[node as usize]);
+    }
+
+    fn call(&mut self, rule: u32, back: u32, node: u32) {
+        if self.element(back) == Element::End {
+            // Nothing comes after it: who waits for this rule waits for that one.
+            return self.enter(rule, node);
+        }
+        let callee = match self.scratch.calls.get(&rule) {
+            Some(&callee) => callee,
+            None => {
+                let callee = self.nodes.len() as u32;
+                self.nodes.push(Node::new());
+                self.scratch.calls.insert(rule, callee);
+                self.scratch.left.push(false);
+                self.enter(rule, callee);
+                callee
+            }
+        };
+        self.nodes[callee as usize].push((back, node));
+        let first = self.nodes.len() - self.scratch.left.len();
+        if self.scratch.left[callee as usize - first] {
+            // It can be nothing, and has been.
+            self.scratch.work.push((back, node));
+        }
+    }
+
+    fn enter(&mut self, rule: u32, node: u32) {
+        let starts = &self.rules.starts[rule as usize];
+        self.scratch.work.extend(starts.iter().map(|&start| (start, node)));
+    }
+
+    /// Forgets what was tried after the first `n` frames.
+    fn back_to(&mut self, n: usize) {
+        if n >= self.frames.len() {
+            return;
+        }
+        self.nodes.truncate(self.frames[n..].iter().map(|frame| frame.n_nodes).min().unwrap_or(usize::MAX));
+        self.frames.truncate(n);
+        self.heads.truncate(self.current().heads.1);
+    }
+
+    /// What was tried last is the text now.
+    fn settle(&mut self) {
+        let frame = *self.current();
+        self.heads.copy_within(frame.heads.0..frame.heads.1, 0);
+        self.heads.truncate(frame.heads.1 - frame.heads.0);
+        self.frames.clear();
+        self.frames.push(Frame { heads: (0, self.heads.len()), n_nodes: self.nodes.len(), partial: frame.partial });
+        if self.nodes.len() >= self.sweep_at {
+            self.sweep();
+            self.sweep_at = SWEEP.max(2 * self.nodes.len());
+        }
+    }
+
+    /// Drops the nodes that no head leads to.
+    fn sweep(&mut self) {
+        let mut names = vec![u32::MAX; self.nodes.len()];
+        let mut kept = vec![Node::new()];
+        names[BOTTOM as usize] = BOTTOM;
+        let mut todo = Vec::new();
+        let mut name = |node: u32, kept: &mut Vec<Node>, todo: &mut Vec<u32>| {
+            let known = &mut names[node as usize];
+            if *known == u32::MAX {
+                *known = kept.len() as u32;
+                kept.push(Node::new());
+                todo.push(node);
+            }
+            *known
+        };
+        for head in &mut self.heads {
+            head.1 = name(head.1, &mut kept, &mut todo);
+        }
+        while let Some(node) = todo.pop() {
+            let mut waiting = std::mem::take(&mut self.nodes[node as usize]);
+            for (_, next) in &mut waiting {
+                *next = name(*next, &mut kept, &mut todo);
+            }
+            let place = name(node, &mut kept, &mut todo);
+            kept[place as usize] = waiting;
+        }
+        self.nodes = kept;
+    }
+}
+
+impl Recognizer for Matcher {
+    fn pop_bytes(&mut self, num: usize) {
+        self.back_to(self.frames.len() - num);
+    }
+
+    fn collapse(&mut self) {
+        self.settle();
+    }
+
+    fn trie_finished(&mut self) {
+        self.back_to(1);
+    }
+
+    fn try_push_byte(&mut self, byte: u8) -> bool {
+        self.push(byte)
+    }
+}
+
+#[cfg(test)]
+mod tests;
