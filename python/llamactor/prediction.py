@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+import weakref
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
@@ -569,13 +570,13 @@ class Prediction:
         done = state.native.done
         if done:
             _report_unretrieved(state)
-        # A chat, and whoever counts the work, want to hear of the end. A closed loop hears nothing:
-        # its hub must not keep it.
+        # A chat wants to hear of the end. A closed loop hears nothing: its hub must not keep it.
         closed = state.loop.is_closed()
-        if closed or (state.on_settled is None and state.lease is None):
-            state.hub.forget(state.ident)
-        if closed:
+        if closed or done:
             state.end_lease()
+        if closed or state.on_settled is None:
+            state.hub.forget(state.ident)
+            _end_lease_later(state)
         if done:
             return
         forgotten = not state.native.touched()
@@ -897,6 +898,24 @@ def defer_prediction(
     state = _State(context.defer(hub.native, max_pending), hub, loop, owner, wanted)
     state.on_settled = on_settled
     return Prediction(state), Deferred(context, state)
+
+
+def _end_lease_later(state: _State) -> None:
+    """Let the model go once a prediction that nobody can reach has ended; on whatever thread."""
+    native, lease, hub = state.native, state.lease, weakref.ref(state.hub)
+    if lease is None:
+        return
+
+    def on_news() -> None:
+        # Holds neither the state nor the loop, which would keep each other.
+        if native.done:
+            tokens: Any = native.stats()["predicted_tokens"]
+            lease.settle(tokens)
+            if (listening := hub()) is not None:
+                listening.forget(native.id)
+
+    state.hub.listen(state.ident, on_news)
+    on_news()
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

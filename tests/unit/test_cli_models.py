@@ -248,7 +248,7 @@ def test_what_is_on_the_hub_is_described_before_it_is_pulled(hub: Hub, home: Pat
 
 def test_control_c_ends_a_pull_at_a_terminal_and_the_next_one_goes_on(hub: Hub) -> None:
     file = hub.repositories[REPO]["Tiny-Q8_0.gguf"]
-    file.stall_at = len(file.content) // 2
+    file.stalls = [len(file.content) // 2]
     screen = Terminal(PULL, COLUMNS="120")
     try:
         screen.shows("Tiny-Q8_0.gguf .*1\\.6/3\\.1 MB")
@@ -256,7 +256,6 @@ def test_control_c_ends_a_pull_at_a_terminal_and_the_next_one_goes_on(hub: Hub) 
         assert screen.ends() == 130
     finally:
         screen.close()
-    file.stall_at = None
     hub.release.set()
     assert outcome(piped(PULL)) == (0, "Tiny-Q8_0\n", "")
     assert file.requests[-1] == f"bytes={len(file.content) // 2}-"
@@ -264,7 +263,7 @@ def test_control_c_ends_a_pull_at_a_terminal_and_the_next_one_goes_on(hub: Hub) 
 
 def test_what_an_interrupted_pull_has_left_is_pruned(hub: Hub) -> None:
     file = hub.repositories[REPO]["Tiny-Q8_0.gguf"]
-    file.stall_at = len(file.content) // 2
+    file.stalls = [len(file.content) // 2]
     with subprocess.Popen(PULL, stderr=subprocess.PIPE) as pull:
         assert hub.stalled.wait(PATIENCE)
         pull.send_signal(signal.SIGINT)

@@ -443,6 +443,7 @@ class ChatSession:
         """
         checked = check.check_path("path", path)
         async with self._waiting() as state:
+            state.move_to(self._home)
             tokens = await self._window_tokens() if include_state else None
             await write_chat(self._home, state.key, checked, self._saved(), tokens)
 
@@ -489,7 +490,7 @@ class ChatSession:
         home = target._home()  # noqa: SLF001 -- for this
         saved, has_state = await read_chat(home, path)
         session = cls(
-            home,
+            target if isinstance(target, Moving) else home,
             history=History(saved.history, saved.window),
             tools=saved.tools if tools is None else tools,
             chat_template=saved.template,
@@ -497,6 +498,7 @@ class ChatSession:
             on_message=on_message,
             options=generation_options({"options": full_options(saved.options), **options}),
         )
+        session._state.move_to(home)
         if has_state:
             try:
                 await put_state_back(home, session._state.key, path)

@@ -99,6 +99,7 @@ def copy_in(
     """
     with _temporary(folder) as name:
         copies = [_copy(path, Path(name), stop, reporter) for path in paths]
+        stop.check()
         content = "".join(str(copy.sha256) for copy in copies)
         place = folder / hashlib.sha256(content.encode()).hexdigest()[:16]
         try:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
-import platformdirs
 
 from llamactor import _checks as check
 from llamactor import _core
@@ -209,7 +208,7 @@ class ModelStore:
         """Record a file, after every check that loading it would make, and return its record.
 
         The file is read to its end for its checksum. What is recorded already is looked at anew.
-        Cancelling records nothing and leaves no copy.
+        Cancelling records nothing and leaves no copy, unless it comes after the last byte.
 
         Args:
             path: A ``.gguf``; the first part of a split model, whose parts are recorded with it.
@@ -597,8 +596,8 @@ class ModelStore:
 def default_folder() -> Path:
     """Return the folder that a store uses when none is named."""
     named = os.environ.get(FOLDER_VARIABLE)
-    return (
-        Path(named)
-        if named
-        else platformdirs.user_data_path("llamactor", appauthor=False) / "models"
-    )
+    if named:
+        return Path(named)
+    import platformdirs  # here, since most programs never use it
+
+    return platformdirs.user_data_path("llamactor", appauthor=False) / "models"
