@@ -409,7 +409,7 @@ class _State:
             parsed = None if self.error is not None else self._parsed(outcome)
             result = result_of(outcome, self.error, parsed)
             self.result = result if self.on_result is None else self.on_result(result)
-            self.owner = self.on_result = None
+            self.owner = self.on_result = self.on_round = None
             self.end_lease()
             if self.error is not None:
                 _attach_partial(self.error, self.result)

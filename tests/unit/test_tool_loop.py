@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -38,7 +39,7 @@ from llamactor.chat.template import render_chat
 from tests.contexts import soon, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from llamactor import Message, PredictionResult
@@ -118,11 +119,12 @@ async def test_respond_and_act_do_the_same_without_a_session(tinychat: Model) ->
     chat = [{"role": "user", "content": QUESTION}]
     told: list[Message] = []
     tools = [get_fruit_price]
-    for ask in (
+    asks: list[Callable[[], Prediction]] = [
         lambda: tinychat.respond(QUESTION, tools=tools, on_message=told.append),
         lambda: tinychat.act(chat, tools, on_message=told.append),
         lambda: tinychat.act(QUESTION, iter(tools), on_message=told.append),
-    ):
+    ]
+    for ask in asks:
         result = await soon(ask())
         assert (result.content, asked(result), result.rounds) == (ANSWER, BOTH, 2)
         assert kinds(result.messages) == LOOP
@@ -348,7 +350,7 @@ async def test_calls_without_a_handler_are_returned(tinychat: Model) -> None:
     answers = [
         ToolMessage(PRICES[call.arguments["name"]], call.id) for call in result.pending_calls
     ]
-    chat = [UserMessage(QUESTION), *result.messages, *answers]
+    chat: list[Message] = [UserMessage(QUESTION), *result.messages, *answers]
     again = await soon(tinychat.respond(chat, tools=[BARE]))
     assert (again.content, again.stop_reason) == (ANSWER, "eos")
     assert again.stats.cached_tokens > len(result.tokens)
@@ -370,7 +372,7 @@ async def test_a_call_without_a_handler_ends_the_loop(
 ) -> None:
     clock = {"name": "get_time", "description": "Get the current time"}
     says = Says(tinychat, calls("mango") + "\n" + call_of("get_time"))
-    tools = [get_fruit_price, clock]
+    tools: list[Any] = [get_fruit_price, clock]
     result = await soon(session.prompt("What time is it?", tools=tools, logits_processor=says))
     assert result.stop_reason == "tool_calls"
     assert [call.name for call in result.tool_calls] == ["get_fruit_price", "get_time"]
@@ -496,6 +498,36 @@ async def test_a_deadline_counts_the_time_of_tools(session: ChatSession) -> None
         await soon(session.prompt(ONE, tools=[priced(hangs)], deadline=1.0))
     await soon(ended.wait())
     assert session.history == ()
+
+
+# --- together with schemas ------------------------------------------------------------------------
+
+
+class Verdict(msgspec.Struct):
+    answer: Literal["yes", "no"]
+    price: int
+
+
+async def test_the_last_answer_obeys_the_schema(session: ChatSession) -> None:
+    prediction = session.prompt(QUESTION, tools=[get_fruit_price], schema=Verdict, max_tokens=200)
+    result = await soon(prediction)
+    assert asked(result) == BOTH
+    assert result.rounds == 2
+    assert isinstance(result.parsed, Verdict)
+    assert result.completed
+    assert msgspec.json.decode(session.history[-1].content, type=Verdict) == result.parsed
+
+
+async def test_what_is_called_obeys_the_parameters(session: ChatSession) -> None:
+    @llamactor.tool
+    def get_fruit_price(name: Literal["pear", "plum"], day: Literal["Monday"]) -> str:
+        """Get the price of a fruit."""
+        return "$6"
+
+    result = await soon(session.prompt(QUESTION, tools=[get_fruit_price], max_rounds=2))
+    for call in result.tool_calls:
+        assert call.arguments["name"] in {"pear", "plum"}
+        assert call.arguments["day"] == "Monday"
 
 
 # --- cancelling -----------------------------------------------------------------------------------
@@ -646,7 +678,8 @@ async def test_a_tool_cannot_use_the_session_that_waits_for_it(session: ChatSess
         return (await session.prompt("Hello!")).content
 
     async def asks_another(name: str) -> str:
-        return (await session._home.owner.respond("Hello!")).content  # type: ignore[attr-defined]
+        model: Any = session._home.owner
+        return str((await model.respond("Hello!")).content)
 
     result = await soon(session.prompt(ONE, tools=[priced(asks_itself)]))
     assert "a tool cannot use the session that waits for it" in result.messages[1].content

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 import msgspec
@@ -189,7 +189,7 @@ class ChatSession:
 
     def prompt(
         self,
-        text: str | Message | Mapping[str, Any] | list[MessageLike] | tuple[MessageLike, ...],
+        text: str | MessageLike | Sequence[MessageLike],
         *,
         tools: Iterable[ToolLike] | None = None,
         tool_choice: str = "auto",

@@ -383,15 +383,21 @@ class Turn:
 
     async def _heard(self, calls: ToolCalls) -> PredictionResult | None:
         """Start each call as it is complete; return the round, or None if it ended everything."""
-        news, rounds = asyncio.Event(), self._rounds
-        self._deferred.on_round(news.set)
+        news, deferred, rounds = asyncio.Event(), self._deferred, self._rounds
+
+        def look() -> None:
+            # There is news with every token that somebody reads.
+            if deferred.rounds > rounds.ended or deferred.calls(rounds.calls + len(calls.calls)):
+                news.set()
+
+        deferred.on_round(look)
         while not self._ended.is_set():
             news.clear()
-            is_over = self._deferred.rounds > rounds.ended
-            for call in self._deferred.calls(rounds.calls + len(calls.calls)):
+            is_over = deferred.rounds > rounds.ended
+            for call in deferred.calls(rounds.calls + len(calls.calls)):
                 calls.add(*read_call(*call))
-            if is_over and not self._deferred.done:
-                return self._deferred.last_round()
+            if is_over and not deferred.done:
+                return deferred.last_round()
             await news.wait()
         return None
 
