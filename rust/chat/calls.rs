@@ -125,9 +125,7 @@ fn constraint(source: &Source, wanted: &Wanted<'_>, free: &ChatFormat, reader: &
     let found = match wanted.choice {
         ToolChoice::None => None,
         ToolChoice::Required => required(),
-        ToolChoice::Auto if free.grammar_lazy => {
-            grammar(free).map(|of| lazy(of, json!(free.triggers)))
-        }
+        ToolChoice::Auto if free.grammar_lazy => grammar(free).map(|of| lazy(of, json!(free.triggers))),
         // Without a trigger of its own a call is known by its first key.
         ToolChoice::Auto => required().map(|of| lazy(of, json!([grammar::first_key()]))),
     };

@@ -394,7 +394,8 @@ impl Generation {
             reason = StopReason::ToolCalls;
         }
         self.show(None);
-        let completed = self.constraint.is_none() || (matches!(reason, StopReason::Eos | StopReason::ToolCalls) && error.is_none());
+        let completed =
+            self.constraint.is_none() || (matches!(reason, StopReason::Eos | StopReason::ToolCalls) && error.is_none());
         self.sink.finish(Outcome { stop_reason: reason, stop_string, error, completed });
     }
 }
