@@ -33,7 +33,8 @@ pub enum StopReason {
 }
 
 impl StopReason {
-    const ALL: [Self; 5] = [Self::Eos, Self::StopString, Self::MaxTokens, Self::ContextFull, Self::Cancelled];
+    const ALL: [Self; 6] =
+        [Self::Eos, Self::StopString, Self::MaxTokens, Self::ContextFull, Self::ToolCalls, Self::Cancelled];
 
     /// The reason of that name.
     #[must_use]
@@ -394,7 +395,8 @@ impl Generation {
             reason = StopReason::ToolCalls;
         }
         self.show(None);
-        let completed = self.constraint.is_none() || (matches!(reason, StopReason::Eos | StopReason::ToolCalls) && error.is_none());
+        let completed =
+            self.constraint.is_none() || (matches!(reason, StopReason::Eos | StopReason::ToolCalls) && error.is_none());
         self.sink.finish(Outcome { stop_reason: reason, stop_string, error, completed });
     }
 }

@@ -305,6 +305,37 @@ def test_a_model_is_described_without_loading_it(run: Run) -> None:
     assert said(run, "info", TINYCHAT)["parameters"] == 2903232
 
 
+def test_what_a_model_would_take_is_planned_with_the_options_of_its_load(run: Run) -> None:
+    def planned(*flags: str) -> Any:
+        return said(run, "info", TINYCHAT, *flags)["memory"]
+
+    small, large = planned("--context-size", "512"), planned("--context-size", "1024")
+    assert (small["context_size"], large["context_size"]) == (512, 1024)
+    caches = [plan["per_device"]["CPU"]["cache"] for plan in (small, large)]
+    assert caches[1] == 2 * caches[0] > 0
+    done(run, "presets", "set", "half", "--context-size", "512")
+    assert planned("--preset", "half")["per_device"] == small["per_device"]
+    shown = done(run, "info", TINYCHAT, "--context-size", "512")
+    assert "With a context of 512 tokens it takes " in shown
+    assert shown.endswith(": it fits.\n")
+
+
+def test_what_does_not_fit_is_said_with_what_would(run: Run) -> None:
+    shown = done(run, "info", TINYCHAT, "--context-size", "100000000")
+    assert "it does not fit.\nIt would fit with --context-size " in shown
+
+
+def test_a_model_that_cannot_be_loaded_is_still_described(run: Run, home: Path) -> None:
+    alien = tiny_llama(home / "alien.gguf", layers=1)
+    content = alien.read_bytes()
+    alien.write_bytes(content.replace(b"llama", b"alien"))
+    status, out, err = run("info", alien)
+    assert status == 0
+    assert "architecture     alien\n" in out
+    assert err.startswith("llamactor: ")
+    assert err.count("\n") == 1
+
+
 def test_parts_of_a_header_are_shown_whole(run: Run) -> None:
     async def described() -> llamactor.ModelInfo:
         async with llamactor.load_model(TINYCHAT, vocab_only=True) as model:

@@ -43,8 +43,35 @@ const PLAIN: Family = Family {
     content: ("", "\n"),
 };
 
-const FAMILIES: [Family; 10] = [
+const FAMILIES: [Family; 13] = [
     PLAIN,
+    Family { name: "hermes", ..PLAIN },
+    Family {
+        name: "qwen3-coder",
+        calls: [
+            "<tool_call>\n<function=get_weather>\n<parameter=city>\nSã\n\"o\" 😀\n</parameter>\n<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>",
+            "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        ],
+        ..PLAIN
+    },
+    Family {
+        name: "deepseek-v3.1",
+        eos: "<｜end▁of▁sentence｜>",
+        controls: &[
+            "<｜tool▁calls▁begin｜>",
+            "<｜tool▁call▁begin｜>",
+            "<｜tool▁sep｜>",
+            "<｜tool▁call▁end｜>",
+            "<｜tool▁calls▁end｜>",
+        ],
+        calls: [
+            "<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{\"city\": \"Sã\\n\\\"o\\\" 😀\", \"days\": 2}<｜tool▁call▁end｜>",
+            "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
+        ],
+        between: "",
+        section: ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+        ..PLAIN
+    },
     Family { name: "qwen3", reasoning: Some(("<think>", "</think>")), ..PLAIN },
     Family { name: "tinychat", reasoning: Some(("<think>", "</think>")), ..PLAIN },
     Family {
@@ -151,9 +178,7 @@ fn tools() -> Vec<Value> {
         "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
         "required": ["city"],
     });
-    let tool = |name, parameters| {
-        json!({"type": "function", "function": {"name": name, "description": "It is.", "parameters": parameters}})
-    };
+    let tool = |name, parameters| json!({"type": "function", "function": {"name": name, "description": "It is.", "parameters": parameters}});
     vec![tool("get_weather", weather), tool("now", json!({"type": "object", "properties": {}}))]
 }
 
@@ -185,7 +210,11 @@ impl Family {
             text.push_str(if self.name == "gpt-oss" { "<|start|>assistant" } else { "" });
         }
         if !content.is_empty() {
-            text.push_str(&format!("{}{content}{}", self.content.0, if calls.is_empty() { "" } else { self.content.1 }));
+            text.push_str(&format!(
+                "{}{content}{}",
+                self.content.0,
+                if calls.is_empty() { "" } else { self.content.1 }
+            ));
         }
         if !calls.is_empty() {
             let calls: Vec<&str> = calls.iter().map(|&call| self.calls[call]).collect();
@@ -220,7 +249,11 @@ impl Family {
 
     fn tag(&self, text: &str) -> Tag {
         let units = self.units(text);
-        let tokens = if units.iter().any(|unit| unit.1) { units.iter().map(|unit| self.token(&unit.0)).collect() } else { vec![] };
+        let tokens = if units.iter().any(|unit| unit.1) {
+            units.iter().map(|unit| self.token(&unit.0)).collect()
+        } else {
+            vec![]
+        };
         Tag { text: text.into(), tokens }
     }
 
@@ -322,10 +355,14 @@ impl Told {
                 Item::Start(start, _, name) if start == index => Some(name.clone()),
                 _ => None,
             });
-            let deltas: String = self.items.iter().filter_map(|item| match item {
-                Item::Arguments(of, text) if of == index => Some(text.as_str()),
-                _ => None,
-            }).collect();
+            let deltas: String = self
+                .items
+                .iter()
+                .filter_map(|item| match item {
+                    Item::Arguments(of, text) if of == index => Some(text.as_str()),
+                    _ => None,
+                })
+                .collect();
             assert_eq!(&deltas, arguments, "deltas join to the arguments");
             calls.push((name.expect("a call that ends has begun"), serde_json::from_str(arguments).unwrap()));
         }
@@ -424,7 +461,10 @@ fn text_after_a_call_is_content_and_may_call_again() {
     let told = hermes(&format!("One. {NOW}\n Two <{NOW} three"));
     assert_eq!(told.calls(), [called(1), called(1)]);
     let contents: Vec<_> = told.items.iter().filter(|item| matches!(item, Item::Content(_))).collect();
-    assert_eq!(contents, [&Item::Content("One.".into()), &Item::Content("Two <".into()), &Item::Content("three".into())]);
+    assert_eq!(
+        contents,
+        [&Item::Content("One.".into()), &Item::Content("Two <".into()), &Item::Content("three".into())]
+    );
 }
 
 #[test]
@@ -493,7 +533,9 @@ fn what_nests_too_deeply_is_content() {
 fn bytes_that_are_no_text_end_a_call_and_are_not_lost() {
     let mut stream = PLAIN.stream(&PLAIN.format(), TextOptions::default());
     let (mut told, mut parts) = (Told::default(), Parts::default());
-    for piece in [&b"<tool_call>{\"name\": \"now\", \"ar"[..], b"gu\xff", b"ments\": {}}", b" \xf0\x9f", b"\x98\x80 \xf0"] {
+    for piece in
+        [&b"<tool_call>{\"name\": \"now\", \"ar"[..], b"gu\xff", b"ments\": {}}", b" \xf0\x9f", b"\x98\x80 \xf0"]
+    {
         assert_eq!(stream.push(1000, piece, false, 0.0, &mut parts), None);
         told.take(&mut parts);
     }
@@ -550,7 +592,8 @@ fn a_long_call_is_read_a_bounded_number_of_times_per_byte() {
     }
     let unit = stream.unit.as_ref().expect("the call is open");
     assert!(unit.n_read <= FREE_BYTES + 2 * READ_PER_BYTE * unit.text.len());
-    let told: usize = parts.marks.iter().filter(|(_, mark)| matches!(mark, Mark::Call(CallEvent::Delta { .. }))).count();
+    let told: usize =
+        parts.marks.iter().filter(|(_, mark)| matches!(mark, Mark::Call(CallEvent::Delta { .. }))).count();
     assert!(told > 100, "it goes on being told: {told}");
     let _ = stream.push(0, b"\"}}</tool_call>", false, 0.0, &mut parts);
     assert_eq!(stream.finish(&mut parts), None);
@@ -559,7 +602,7 @@ fn a_long_call_is_read_a_bounded_number_of_times_per_byte() {
 
 #[test]
 fn tokens_of_reasoning_and_content_are_counted_as_without_calls() {
-    let family = &FAMILIES[1];
+    let family = FAMILIES.iter().find(|family| family.name == "qwen3").unwrap();
     let mut stream = family.stream(&family.format(), TextOptions::default());
     let mut parts = Parts::default();
     for piece in ["<think>", "hm", "</think>", "\n\n", "So", ".", "\n", "<tool", "_call>{", "x"] {
@@ -606,13 +649,15 @@ fn a_free_call_is_a_lazy_grammar_with_its_triggers() {
 fn templates_without_tools_have_no_format_and_get_ours() {
     for name in ["chatml", "llama2", "gemma2", "gemma3", "phi3", "phi4", "command-r", "smollm3", "zephyr", "vicuna"] {
         let source = Source { template: template(name).into(), bos: "<s>".into(), eos: "</s>".into() };
-        let wanted =
-            Wanted { tools: &tools(), kwargs: &Map::new(), choice: ToolChoice::Required, parallel: true };
+        let wanted = Wanted { tools: &tools(), kwargs: &Map::new(), choice: ToolChoice::Required, parallel: true };
         assert!(calls::of_template(&source, &wanted).is_none(), "{name}");
     }
     let wanted = Wanted { tools: &tools(), kwargs: &Map::new(), choice: ToolChoice::Required, parallel: true };
     let ours = calls::described(&wanted).expect("ours is always there");
-    assert_eq!((ours.name.as_str(), ours.described, ours.reader.triggers.as_slice()), ("hermes", true, &["<tool_call>".to_owned()][..]));
+    assert_eq!(
+        (ours.name.as_str(), ours.described, ours.reader.triggers.as_slice()),
+        ("hermes", true, &["<tool_call>".to_owned()][..])
+    );
     for text in [NOW, &NOW.replace('\n', "")] {
         assert_eq!(PLAIN.run(&ours, &[(text.into(), false)]).calls(), [called(1)]);
     }
