@@ -171,6 +171,7 @@ class PredictionResult(msgspec.Struct, frozen=True):
         """The calls that nobody has answered, because their tools have no handler."""
         answered = {getattr(message, "tool_call_id", None) for message in self.messages}
         return tuple(call for call in self.tool_calls if call.id not in answered)
+
     parsed: Any = None
     """The value that the content says, of the type that `schema` asked for.
 
