@@ -99,7 +99,10 @@ FAMILIES = (
     Family("phi4", _PHI4, "<|im_end|>"),
     Family("qwen2.5", _CHATML, "<|im_end|>", tools=True),
     Family("qwen3", _CHATML, "<|im_end|>", tools=True, reasoning="<think>"),
+    Family("qwen3-coder", _CHATML, "<|im_end|>", tools=True),
+    Family("hermes", _CHATML, "<|im_end|>", tools=True),
     Family("deepseek-r1", _DEEPSEEK, _DEEPSEEK[1], adds_bos=True, tools=True, reasoning="<think>"),
+    Family("deepseek-v3.1", _DEEPSEEK, _DEEPSEEK[1], adds_bos=True, tools=True),
     Family("gpt-oss", _HARMONY, "<|return|>", tools=True, reasoning="<|channel|>analysis"),
     Family("command-r", _COMMAND, "<|END_OF_TURN_TOKEN|>", adds_bos=True),
     Family(

@@ -24,7 +24,7 @@ import msgspec
 
 from llamactor._hub import LoopHub, call_on_loop, check_loop, finalisers_rest, hub_for, running_loop
 from llamactor._work import work_of
-from llamactor.calls import ToolCall
+from llamactor.calls import ToolCall, read_call
 from llamactor.errors import ClosedError, LlamactorError, SchemaValidationError
 from llamactor.options import generation_options, native_options, native_prompt
 from llamactor.schema import schema_of
@@ -165,13 +165,6 @@ class PredictionResult(msgspec.Struct, frozen=True):
     messages: tuple[Message, ...] = ()
     """What a chat has gained: answers with their calls, results, the last answer. Put behind the
     messages that were asked, they are how the chat goes on."""
-
-    @property
-    def pending_calls(self) -> tuple[ToolCall, ...]:
-        """The calls that nobody has answered, because their tools have no handler."""
-        answered = {getattr(message, "tool_call_id", None) for message in self.messages}
-        return tuple(call for call in self.tool_calls if call.id not in answered)
-
     parsed: Any = None
     """The value that the content says, of the type that `schema` asked for.
 
@@ -183,6 +176,12 @@ class PredictionResult(msgspec.Struct, frozen=True):
 
     A limit has closed the content then, or cut it; or a stop or a cancel has.
     """
+
+    @property
+    def pending_calls(self) -> tuple[ToolCall, ...]:
+        """The calls that nobody has answered, because their tools have no handler."""
+        answered = {getattr(message, "tool_call_id", None) for message in self.messages}
+        return tuple(call for call in self.tool_calls if call.id not in answered)
 
     def __str__(self) -> str:
         """Return the content."""
@@ -260,7 +259,7 @@ class ToolResult(msgspec.Struct, frozen=True, tag=True):
     content: str
     """What the model is told."""
     error: LlamactorError | None = None
-    """`ToolCallError` if the call was wrong or denied, `ToolExecutionError` if its handler failed."""
+    """`ToolCallError` for a wrong or denied call, `ToolExecutionError` for a failed handler."""
 
 
 class RoundStart(msgspec.Struct, frozen=True, tag=True):
@@ -410,7 +409,7 @@ class _State:
             parsed = None if self.error is not None else self._parsed(outcome)
             result = result_of(outcome, self.error, parsed)
             self.result = result if self.on_result is None else self.on_result(result)
-            self.owner = self.on_result = None
+            self.owner = self.on_result = self.on_round = None
             self.end_lease()
             if self.error is not None:
                 _attach_partial(self.error, self.result)
@@ -422,8 +421,10 @@ class _State:
         reason = outcome["stop_reason"]
         if self.schema is None or reason in _ANSWERS_NOTHING:
             return None
+        # With rounds it is the last one that answers.
+        last: Any = self.native.round() if self.native.rounds > 1 else outcome
         try:
-            return self.schema.read(outcome["content"])
+            return self.schema.read(last["content"])
         except SchemaValidationError as error:
             if reason == "eos":
                 self.error = error
@@ -837,6 +838,10 @@ class Deferred:
         """How many rounds have ended."""
         return self._state.native.rounds
 
+    def calls(self, start: int) -> list[tuple[str, str, str]]:
+        """Return id, tool and arguments as JSON of the complete calls from the `start`-th on."""
+        return self._state.native.calls(start)
+
     def last_round(self) -> PredictionResult | None:
         """Return what the round that has ended last has produced; None before the first end."""
         outcome: dict[str, Any] | None = self._state.native.round()
@@ -942,7 +947,7 @@ def result_of(
         reasoning=outcome["reasoning"],
         segments=tuple(Segment("reasoning", *segment) for segment in outcome["segments"]),
         content_start=outcome["content_start"],
-        tool_calls=tuple(ToolCall(*call) for call in outcome["tool_calls"]),
+        tool_calls=tuple(read_call(*call)[0] for call in outcome["tool_calls"]),
         parsed=parsed,
         completed=outcome["completed"],
     )
@@ -975,20 +980,23 @@ def _event(
             return PromptProgress(processed, cached, total)
         case ("shift", dropped):
             return ContextShifted(dropped)
-        case _:
-            return _call_event(native, calls)
+        case (kind, index, *rest):
+            return _call_event(kind, index, rest, calls)
+    raise AssertionError(f"unknown event {native!r}")
 
 
-def _call_event(native: tuple[Any, ...], calls: dict[int, tuple[str, str]]) -> Event:
-    match native:
-        case ("call_start", index, ident, name):
+def _call_event(
+    kind: str, index: int, rest: Sequence[str], calls: dict[int, tuple[str, str]]
+) -> Event:
+    match kind, rest:
+        case "call_start", (ident, name):
             calls[index] = (ident, name)
             return ToolCallStart(index, ident, name)
-        case ("call_delta", index, arguments):
+        case "call_delta", (arguments,):
             return ToolCallDelta(index, arguments)
-        case ("call_end", index, arguments):
-            return ToolCallEnd(ToolCall(*calls[index], arguments))
-    raise AssertionError(f"unknown event {native!r}")
+        case "call_end", (arguments,):
+            return ToolCallEnd(read_call(*calls[index], arguments)[0])
+    raise AssertionError(f"unknown event {kind!r}")
 
 
 def _attach_partial(error: BaseException, result: PredictionResult) -> None:

@@ -13,7 +13,7 @@ mod syntax;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-pub use own::{Rewritten, rewrite};
+pub use own::{Rewriting, Rewritten, rewrite};
 
 use super::formats::{self, Source};
 use crate::llama::{CallSyntax, ChatFormat, FormatRequest};
@@ -46,12 +46,15 @@ impl ToolChoice {
 pub struct CallFormat {
     /// llama.cpp's name of the format, or `hermes` for our own.
     pub name: String,
-    /// Whether the template has no format, so that our own is described in the prompt.
+    /// Whether the template has no format, so that the prompt describes our own.
     pub described: bool,
     /// How an answer is read.
     pub reader: CallSpec,
     /// What an answer must obey: a constraint as `predict` takes it, or nothing.
     pub constraint: Value,
+    /// Whether the template says what may be called.
+    #[serde(skip)]
+    pub shows_tools: bool,
 }
 
 /// How calls are found in an answer and read.
@@ -86,6 +89,10 @@ pub struct Wanted<'a> {
 }
 
 impl Wanted<'_> {
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.tools.iter().filter_map(|tool| tool["function"]["name"].as_str())
+    }
+
     fn request(&self, choice: ToolChoice) -> FormatRequest {
         FormatRequest {
             tool_choice: choice.name().into(),
@@ -102,7 +109,8 @@ pub fn of_template(source: &Source, wanted: &Wanted<'_>) -> Option<CallFormat> {
     let free = formats::describe(source, &wanted.request(ToolChoice::Auto))?;
     let reader = syntax::reader(&free)?;
     let constraint = constraint(source, wanted, &free, &reader);
-    Some(CallFormat { name: free.format.clone(), described: false, reader, constraint })
+    let shows_tools = wanted.names().all(|name| free.prompt.contains(name));
+    Some(CallFormat { name: free.format.clone(), described: false, reader, constraint, shows_tools })
 }
 
 /// Our own format, for templates that have none.

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 pub use calls::CallSpec;
-use calls::{CallFormat, ToolChoice, Wanted};
+use calls::{CallFormat, Rewriting, ToolChoice, Wanted};
 pub use reasoning::ReasoningTags;
 pub use turns::Turn;
 
@@ -111,9 +111,10 @@ pub fn render(model: &Model, request: &Request) -> Result<Outcome> {
     let tools = if request.tools.is_empty() { &probe[..] } else { &request.tools };
     let wanted = Wanted { tools, kwargs: &request.kwargs, choice, parallel: request.parallel_tools };
     let native = job.call_format(&wanted);
-    let outcome = match native {
-        Some(_) => render_plain(model, request)?,
-        None => render_described(model, request)?,
+    let outcome = match &native {
+        Some(CallFormat { shows_tools: true, .. }) => render_plain(model, request)?,
+        Some(_) => render_described(model, request, false)?,
+        None => render_described(model, request, true)?,
     };
     let may_call = choice != ToolChoice::None && !request.tools.is_empty();
     let calls = if may_call { native.or_else(|| calls::described(&wanted)) } else { None };
@@ -140,13 +141,15 @@ fn probe() -> Value {
     json!({"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}})
 }
 
-/// Renders for a template that knows no tools: they are described in the system message, or where the template refuses
-/// one, in the first message of the user.
-fn render_described(model: &Model, request: &Request) -> Result<Outcome> {
+/// Renders for a template that does not show tools, or not even calls of them: they are described in the system
+/// message, or where the template refuses one, in the first message of the user.
+fn render_described(model: &Model, request: &Request, with_calls: bool) -> Result<Outcome> {
     let render = |in_system| {
-        let rewritten = calls::rewrite(&request.tools, &request.messages, &request.turns, in_system);
+        let how = Rewriting { in_system, with_calls };
+        let rewritten = calls::rewrite(&request.tools, &request.messages, &request.turns, how);
         let (messages, turns) = (rewritten.messages, rewritten.turns);
-        let plain = Request { messages, turns, tools: Vec::new(), ..request.clone() };
+        let tools = if with_calls { Vec::new() } else { request.tools.clone() };
+        let plain = Request { messages, turns, tools, ..request.clone() };
         render_plain(model, &plain).map(|outcome| outcome.with_places(&rewritten.places))
     };
     render(true).or_else(|error| render(false).map_err(|_| error))

@@ -71,6 +71,16 @@ def test_when_the_room_ends(guide: Runs) -> None:
     assert lines[3].startswith("list ")
 
 
+@pytest.mark.model
+def test_grammars(guide: Runs) -> None:
+    day, move, call, items, accepted = guide.lines("Grammars")
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", day)
+    assert re.fullmatch(r"[a-h][1-8]-[a-h][1-8]", move)
+    assert re.match(r"[a-z]{2,8}\(", call)
+    assert re.match(r"(True|False) - .", items)
+    assert accepted == "True False True"
+
+
 def test_describing_and_repairing(guide: Runs) -> None:
     *description, first, second, nothing = guide.lines("Describing and repairing")
     assert '  "name": string,' in description

@@ -139,6 +139,20 @@ async def test_a_load_cancelled_at_any_time_leaves_nothing(
     assert runtime.loaded() == ()
 
 
+async def test_a_load_given_up_in_the_very_moment_it_ends_leaves_nothing(
+    runtime: Runtime, spoken: dict[str, Path]
+) -> None:
+    loading = runtime.load(spoken["gamma"], **SMALL)
+    async for status in runtime.status():
+        if status.models:
+            loading.cancel()
+            break
+    with pytest.raises(LoadCancelledError):
+        await loading
+    await until(lambda: not runtime.snapshot.models)
+    await until_unmapped(spoken["gamma"])
+
+
 async def test_a_finished_load_that_nobody_got_is_unloaded(
     runtime: Runtime, spoken: dict[str, Path]
 ) -> None:

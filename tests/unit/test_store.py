@@ -524,7 +524,11 @@ def hugging_face(home: Path, data: bytes, commit: str = "c1") -> Path:
     link = repo / "snapshots" / commit / "Some-Q4_0.gguf"
     blob.parent.mkdir(parents=True, exist_ok=True)
     link.parent.mkdir(parents=True)
-    blob.write_bytes(data)
+    shared = home / ".cache/huggingface/shared" / hashlib.sha3_256(data).hexdigest()
+    shared.parent.mkdir(exist_ok=True)
+    shared.write_bytes(data)
+    blob.unlink(missing_ok=True)
+    blob.symlink_to(shared)
     link.symlink_to(f"../../blobs/{blob.name}")
     return link
 

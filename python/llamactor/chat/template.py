@@ -93,6 +93,7 @@ async def render_chat(
     A template that knows no tools is given them as text, if `tool_choice` is: the system message
     says what they are and how they are called (in a first message of the user where the template
     refuses a system message), calls are written into the answers, and results are what a user says.
+    Of one that shows calls but not the tools, the system message says what they are.
 
     Cancelling this keeps nothing.
 

@@ -87,7 +87,9 @@ def _hugging_face(cache: Path) -> Iterator[Found]:
                 if is_model_name(path.name) and path.is_file():
                     newest[path.relative_to(snapshot).as_posix()] = path
         for inside, path in sorted(newest.items()):
-            blob = path.resolve().name
+            # One step only: the blob may lead on to one that several caches share, and that has
+            # another kind of hash for a name.
+            blob = path.readlink().name if path.is_symlink() else ""
             checksum = blob if _SHA256.fullmatch(blob) else None
             yield Found(path, f"hf:{repo}/{inside}", sha256=checksum)
 

@@ -2,7 +2,8 @@
 //!
 //! The prompt begins with what the tools are and how they are called, calls are written into answers as the model is
 //! told to write them, and results are shown as what a user says. The text is part of what is rendered, so it counts
-//! and is cached like the rest.
+//! and is cached like the rest. Some templates know how calls are written, and do not say what may be called: there
+//! only the tools are added.
 
 use serde_json::{Map, Value, json};
 
@@ -28,32 +29,40 @@ pub struct Rewritten {
     pub places: Vec<usize>,
 }
 
-/// What tells a model of its tools.
-fn description(tools: &[Value]) -> String {
-    let lines: Vec<String> = tools.iter().map(|tool| spaced(tool.get("function").unwrap_or(tool))).collect();
-    format!(
-        "# Tools\n\nYou may call these functions:\n<tools>\n{}\n</tools>\n\nTo call a function, answer with:\n\
-         <tool_call>\n{{\"name\": <function-name>, \"arguments\": <args-json-object>}}\n</tool_call>",
-        lines.join("\n")
-    )
+/// How a call is written.
+const SYNTAX: &str = "\n\nTo call a function, answer with:\n<tool_call>\n\
+                      {\"name\": <function-name>, \"arguments\": <args-json-object>}\n</tool_call>";
+
+/// What is written into messages.
+#[derive(Clone, Copy, Debug)]
+pub struct Rewriting {
+    /// Whether the tools are in the system message, or else in the first one of the user.
+    pub in_system: bool,
+    /// Whether calls and results are written too: the template knows none.
+    pub with_calls: bool,
 }
 
-/// Writes tools, calls and results into the texts of messages. `in_system` puts the tools into the system message,
-/// else they begin the first message of the user.
-pub fn rewrite(tools: &[Value], messages: &[Value], turns: &[Option<Turn>], in_system: bool) -> Rewritten {
+/// Writes tools, and where it is wanted calls and results, into the texts of messages.
+pub fn rewrite(tools: &[Value], messages: &[Value], turns: &[Option<Turn>], how: Rewriting) -> Rewritten {
     let mut out = Rewritten { messages: Vec::new(), turns: Vec::new(), places: Vec::new() };
     for (index, message) in messages.iter().enumerate() {
-        out.add(message, turns.get(index).cloned().flatten());
+        out.add(message, turns.get(index).cloned().flatten(), how.with_calls);
     }
-    out.describe(&description(tools), in_system);
+    if !tools.is_empty() {
+        let lines: Vec<String> = tools.iter().map(|tool| spaced(tool.get("function").unwrap_or(tool))).collect();
+        let syntax = if how.with_calls { SYNTAX } else { "" };
+        let lines = lines.join("\n");
+        let text = format!("# Tools\n\nYou may call these functions:\n<tools>\n{lines}\n</tools>{syntax}");
+        out.describe(&text, how.in_system);
+    }
     out
 }
 
 impl Rewritten {
-    fn add(&mut self, message: &Value, turn: Option<Turn>) {
+    fn add(&mut self, message: &Value, turn: Option<Turn>, writes_calls: bool) {
         match role(message) {
-            "tool" => self.add_result(message),
-            "assistant" => self.push(with_calls(message), turn),
+            "tool" if writes_calls => self.add_result(message),
+            "assistant" if writes_calls => self.push(with_calls(message), turn),
             _ => self.push(message.clone(), turn),
         }
         self.places.push(self.messages.len() - 1);

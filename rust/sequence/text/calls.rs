@@ -190,9 +190,14 @@ impl Calls {
         let mut node = ROOT;
         text.bytes().enumerate().find_map(|(at, byte)| {
             node = automaton.step(node, byte);
-            let length = automaton.nodes[node].longest;
-            (length > 0).then(|| at + 1 - length)
+            let start = at + 1 - automaton.nodes[node].longest;
+            let marker = &text.as_bytes()[start..=at];
+            (!marker.is_empty() && !self.is_silent(marker)).then_some(start)
         })
+    }
+
+    fn is_silent(&self, marker: &[u8]) -> bool {
+        self.silent.iter().any(|silent| silent == marker)
     }
 
     /// Takes in one token and its bytes, as [`Segments::push`] does. `hidden`: the bytes are the name of a control
@@ -255,8 +260,12 @@ impl Calls {
                 None if self.inner.is_inside() => self.held_bytes(),
                 None => self.n_seen - self.depth(),
             };
+            let searched = !self.inner.is_inside();
             if let Some(stop) = self.release(limit, now, out) {
                 return Some(stop);
+            }
+            if !searched {
+                self.rewind();
             }
             // What was let go may have ended or begun a stretch of reasoning.
             if self.take_back() || (found.is_some() && self.inner.is_inside()) {
@@ -293,8 +302,11 @@ impl Calls {
                 let (start, end) = (self.n_seen - length, self.n_seen);
                 let marker: Vec<u8> =
                     self.held.iter().flat_map(|bit| &bit.text).copied().skip(start).take(length).collect();
-                let is_silent = self.silent.contains(&marker);
-                return Some(if is_silent { Found::Silent { start, end } } else { Found::Trigger { start } });
+                return Some(if self.is_silent(&marker) {
+                    Found::Silent { start, end }
+                } else {
+                    Found::Trigger { start }
+                });
             }
         }
         None
@@ -394,12 +406,28 @@ impl Calls {
         (reading.state != ReadingState::Fail).then_some(reading)
     }
 
-    /// The longest beginning of the unit that has the format.
+    /// The longest beginning of the unit that has the format. Most units that fail do so at once.
     fn last_good(&self) -> usize {
         let Some(unit) = &self.unit else { return 0 };
-        let ends: Vec<usize> = unit.text.char_indices().map(|(at, _)| at).skip_while(|&at| at < unit.good).collect();
-        let n_good = ends.partition_point(|&end| self.reading(end).is_some_and(|reading| !reading.is_short(end)));
-        n_good.checked_sub(1).map_or(unit.good, |last| ends[last])
+        let is_boundary = |at: &usize| unit.text.is_char_boundary(*at);
+        let is_good = |end: usize| self.reading(end).is_some_and(|reading| !reading.is_short(end));
+        let (mut good, mut bad, mut step) = (unit.good, unit.text.len(), 1);
+        while let Some(next) = (good + step..bad).find(is_boundary) {
+            match is_good(next) {
+                true => (good, step) = (next, 2 * step),
+                false => bad = next,
+            }
+        }
+        loop {
+            let middle = good.midpoint(bad);
+            let above = (middle.max(good + 1)..bad).find(is_boundary);
+            let Some(next) = above.or_else(|| (good + 1..middle).rev().find(is_boundary)) else { break };
+            match is_good(next) {
+                true => good = next,
+                false => bad = next,
+            }
+        }
+        good
     }
 
     /// The last place up to `limit` where the unit could end; 0 if it has no whole call.

@@ -43,8 +43,35 @@ const PLAIN: Family = Family {
     content: ("", "\n"),
 };
 
-const FAMILIES: [Family; 10] = [
+const FAMILIES: [Family; 13] = [
     PLAIN,
+    Family { name: "hermes", ..PLAIN },
+    Family {
+        name: "qwen3-coder",
+        calls: [
+            "<tool_call>\n<function=get_weather>\n<parameter=city>\nSã\n\"o\" 😀\n</parameter>\n<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>",
+            "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        ],
+        ..PLAIN
+    },
+    Family {
+        name: "deepseek-v3.1",
+        eos: "<｜end▁of▁sentence｜>",
+        controls: &[
+            "<｜tool▁calls▁begin｜>",
+            "<｜tool▁call▁begin｜>",
+            "<｜tool▁sep｜>",
+            "<｜tool▁call▁end｜>",
+            "<｜tool▁calls▁end｜>",
+        ],
+        calls: [
+            "<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{\"city\": \"Sã\\n\\\"o\\\" 😀\", \"days\": 2}<｜tool▁call▁end｜>",
+            "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
+        ],
+        between: "",
+        section: ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+        ..PLAIN
+    },
     Family { name: "qwen3", reasoning: Some(("<think>", "</think>")), ..PLAIN },
     Family { name: "tinychat", reasoning: Some(("<think>", "</think>")), ..PLAIN },
     Family {
@@ -575,7 +602,7 @@ fn a_long_call_is_read_a_bounded_number_of_times_per_byte() {
 
 #[test]
 fn tokens_of_reasoning_and_content_are_counted_as_without_calls() {
-    let family = &FAMILIES[1];
+    let family = FAMILIES.iter().find(|family| family.name == "qwen3").unwrap();
     let mut stream = family.stream(&family.format(), TextOptions::default());
     let mut parts = Parts::default();
     for piece in ["<think>", "hm", "</think>", "\n\n", "So", ".", "\n", "<tool", "_call>{", "x"] {
