@@ -36,7 +36,7 @@ def json_object(name: str, value: object) -> dict[str, Any]:
     """Return a copy of an object that JSON can say, given as a mapping or as JSON text.
 
     Raises:
-        TypeError: it is no object, or a value in it is none that JSON can say; the error says which.
+        TypeError: it is no object, or has a value that JSON cannot say; the error says which.
         ValueError: the text is no JSON, or a number or text in it cannot be said.
     """
     if isinstance(value, str):

@@ -170,6 +170,7 @@ class PredictionResult(msgspec.Struct, frozen=True):
         """The calls that nobody has answered, because their tools have no handler."""
         answered = {getattr(message, "tool_call_id", None) for message in self.messages}
         return tuple(call for call in self.tool_calls if call.id not in answered)
+
     parsed: Any = None
     """The value that the content says, of the type that `schema` asked for.
 
@@ -258,7 +259,7 @@ class ToolResult(msgspec.Struct, frozen=True, tag=True):
     content: str
     """What the model is told."""
     error: LlamactorError | None = None
-    """`ToolCallError` if the call was wrong or denied, `ToolExecutionError` if its handler failed."""
+    """`ToolCallError` for a wrong or denied call, `ToolExecutionError` for a failed handler."""
 
 
 class RoundStart(msgspec.Struct, frozen=True, tag=True):
