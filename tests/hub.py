@@ -37,8 +37,8 @@ class HubFile:
         """Statuses of the next answers."""
         self.ranges = True
         """Whether parts of it can be asked for."""
-        self.stall_at: int | None = None
-        """Bytes after which an answer waits for `Hub.release`."""
+        self.stalls: list[int] = []
+        """Bytes after which the next answers wait for `Hub.release`."""
         self.requests: list[str] = []
         """The range of each request, "" where there was none."""
         self.sent = 0
@@ -61,6 +61,12 @@ class Hub:
         """Set when an answer waits."""
         self.release = threading.Event()
         """Set to let it go on."""
+        self.is_silent = False
+        """Whether what is asked about repositories gets no answer until then."""
+        self.storage: str | None = None
+        """Address of another server that the files are on, if they are not here."""
+        self.authorized: list[str | None] = []
+        """What each request for a file carried."""
 
     def add(self, repo: str, name: str, content: bytes, *, large: bool = True) -> HubFile:
         file = HubFile(content, large=large)
@@ -113,8 +119,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def _redirect(self, address: str) -> None:
+        self.send_response(302)
+        self.send_header("Location", address)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def _describe(self, repo: str, revision: str | None) -> None:
         self.hub.asked += 1
+        if self.hub.is_silent:
+            self.hub.stalled.set()
+            self.hub.release.wait(PATIENCE)
         if self.hub.statuses:
             self._refuse(self.hub.statuses.pop(0))
         elif repo not in self.hub.repositories:
@@ -130,6 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _send(self, repo: str, name: str) -> None:
+        self.hub.authorized.append(self.headers.get("Authorization"))
+        if self.hub.storage is not None:
+            return self._redirect(self.hub.storage + self.path)
         file = self.hub.repositories[repo][name]
         wanted = self.headers.get("Range", "")
         file.requests.append(wanted)
@@ -155,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self, file: HubFile, content: bytes, first: int, drop: int | None) -> None:
         if drop is not None:
             content, self.close_connection = content[: max(drop - first, 0)], True
-        stop = len(content) if file.stall_at is None else max(file.stall_at - first, 0)
+        stop = max(file.stalls.pop(0) - first, 0) if file.stalls else len(content)
         with contextlib.suppress(ConnectionError):
             self.wfile.write(content[:stop])
             self.wfile.flush()

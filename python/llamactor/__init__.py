@@ -20,12 +20,14 @@ from llamactor.chat import (
     ShiftRequest,
     ShiftResult,
     SystemMessage,
+    Tool,
     ToolCall,
     ToolMessage,
     UserMessage,
     dump_history,
     load_history,
     to_messages,
+    tool,
 )
 from llamactor.context import Context, ContextStats
 from llamactor.errors import (
@@ -49,6 +51,8 @@ from llamactor.errors import (
     SchemaValidationError,
     StateMismatchError,
     StoreError,
+    ToolCallError,
+    ToolExecutionError,
     UnsupportedError,
     WorkerCrashedError,
 )
@@ -75,12 +79,18 @@ from llamactor.prediction import (
     PredictionResult,
     PredictionStats,
     PromptProgress,
+    RoundEnd,
+    RoundStart,
     Segment,
     SegmentEnd,
     SegmentStart,
     StopReason,
     TextDelta,
     TokenLogprob,
+    ToolCallDelta,
+    ToolCallEnd,
+    ToolCallStart,
+    ToolResult,
 )
 from llamactor.presets import Preset, Presets
 from llamactor.runtime import (
@@ -175,6 +185,8 @@ __all__ = (
     "PromptProgress",
     "QueueFullError",
     "RepeatPenalty",
+    "RoundEnd",
+    "RoundStart",
     "Runtime",
     "RuntimeStatus",
     "Schema",
@@ -197,8 +209,15 @@ __all__ = (
     "TextDelta",
     "TokenBatching",
     "TokenLogprob",
+    "Tool",
     "ToolCall",
+    "ToolCallDelta",
+    "ToolCallEnd",
+    "ToolCallError",
+    "ToolCallStart",
+    "ToolExecutionError",
     "ToolMessage",
+    "ToolResult",
     "UnsupportedError",
     "UserMessage",
     "Verification",
@@ -215,6 +234,7 @@ __all__ = (
     "set_log_level",
     "system_info",
     "to_messages",
+    "tool",
 )
 
 _SHUTDOWN_TIMEOUT = 5.0

@@ -32,6 +32,14 @@ class ToolCall(msgspec.Struct, frozen=True):
         msgspec.structs.force_setattr(self, "arguments", arguments)
 
 
+def read_call(ident: str, name: str, arguments: str) -> tuple[ToolCall, str | None]:
+    """Return a call as a model made it, and what is wrong with its arguments."""
+    try:
+        return ToolCall(ident, name, json_object("arguments", arguments)), None
+    except (TypeError, ValueError) as error:
+        return ToolCall(ident, name), str(error)
+
+
 def json_object(name: str, value: object) -> dict[str, Any]:
     """Return a copy of an object that JSON can say, given as a mapping or as JSON text.
 

@@ -14,6 +14,8 @@ The tree, with the built-in class each one also derives from in parentheses::
     ├── InsufficientMemoryError (MemoryError)
     ├── ContextOverflowError (ValueError)
     ├── ChatTemplateError (ValueError)  the chat template failed, or refuses the messages
+    ├── ToolCallError                   a model's call was wrong, or denied; it is told so
+    ├── ToolExecutionError              the handler of a tool failed, or took too long
     ├── SchemaValidationError (ValueError)   a text or value does not fit its schema
     ├── GrammarError (ValueError)       a grammar or schema is malformed, or cannot be kept to
     ├── DecodeError                     the evaluation itself failed
@@ -33,6 +35,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llamactor.calls import ToolCall
     from llamactor.prediction import PredictionResult
     from llamactor.runtime.memory import MemoryPlan
 
@@ -57,6 +60,8 @@ __all__ = (
     "SchemaValidationError",
     "StateMismatchError",
     "StoreError",
+    "ToolCallError",
+    "ToolExecutionError",
     "UnsupportedError",
     "WorkerCrashedError",
 )
@@ -114,6 +119,27 @@ class ContextOverflowError(LlamactorError, ValueError):
 
 class ChatTemplateError(LlamactorError, ValueError):
     """A chat template cannot be read, failed, or refuses these messages."""
+
+
+class _CallError(LlamactorError):
+    """Something went wrong with a call."""
+
+    def __init__(self, message: str, call: ToolCall) -> None:
+        super().__init__(message, call)
+        self.call = call
+        """The call."""
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return str(self.args[0])
+
+
+class ToolCallError(_CallError):
+    """A model called a tool that is not there, with wrong arguments, or against the guard."""
+
+
+class ToolExecutionError(_CallError):
+    """The handler of a tool failed or took too long; `__cause__` is what it raised."""
 
 
 class SchemaValidationError(LlamactorError, ValueError):

@@ -16,6 +16,7 @@ from llamactor._work import Work
 from llamactor.chat.messages import to_messages
 from llamactor.chat.session import ChatSession, respond_to
 from llamactor.chat.template import check_template_names, check_tool_definitions, render_chat
+from llamactor.chat.tools import check_tool_use, to_toolbox
 from llamactor.context import Context
 from llamactor.errors import UnsupportedError
 from llamactor.options import ContextKeywords, ContextOptions, GenerationKeywords, context_options
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from llamactor import _core
     from llamactor.chat.messages import MessageLike
+    from llamactor.chat.tools import Guard, OnToolError, Toolbox, ToolLike
     from llamactor.chat.turn import OnMessage
 
 
@@ -225,7 +227,13 @@ class Model:
         self,
         messages: str | Iterable[MessageLike],
         *,
-        tools: Iterable[Mapping[str, Any]] | None = None,
+        tools: Iterable[ToolLike] | Toolbox | None = None,
+        tool_choice: str = "auto",
+        max_rounds: int | None = None,
+        parallel_tools: bool = True,
+        on_tool_error: OnToolError = "report",
+        guard: Guard | None = None,
+        on_message: OnMessage | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[GenerationKeywords],
     ) -> Prediction:
@@ -235,9 +243,19 @@ class Model:
         It waits for a free sequence if need be. It is cancelled when everybody who waited for it
         or iterated it is gone; see `Prediction`.
 
+        Calls of tools without a handler are returned: ``stop_reason`` is ``"tool_calls"`` then.
+        With handlers it goes on as `act` does.
+
         Args:
             messages: The whole chat, messages or dicts, or the text of one user's message.
-            tools: Schemas of tools that the template shows to the model.
+            tools: Tools that the model may call; this and what follows are as with
+                `ChatSession.prompt`.
+            tool_choice: Whether it may, or must, or which one.
+            max_rounds: How often the model is asked at most.
+            parallel_tools: Whether calls of one round are carried out at the same time.
+            on_tool_error: What a handler's failure does.
+            guard: Looks at each call before it is carried out.
+            on_message: Called with each message of `PredictionResult.messages` at the end.
             template_kwargs: Variables for the template.
             **options: See `GenerationOptions`. Without ``overflow`` a chat that does not fit is
                 `ContextOverflowError`.
@@ -248,8 +266,78 @@ class Model:
             UnsupportedError: the model cannot generate.
             RuntimeError: called without a running event loop.
         """
+        use = check_tool_use(
+            to_toolbox(tools),
+            tool_choice=tool_choice,
+            max_rounds=max_rounds,
+            parallel_tools=parallel_tools,
+            on_tool_error=on_tool_error,
+            guard=guard,
+        )
         return respond_to(
-            self._home(), messages, tools=tools, template_kwargs=template_kwargs, keywords=options
+            self._home(),
+            messages,
+            tools=use,
+            template_kwargs=template_kwargs,
+            on_message=on_message,
+            keywords=options,
+        )
+
+    def act(
+        self,
+        messages: str | Iterable[MessageLike],
+        tools: Iterable[ToolLike],
+        *,
+        tool_choice: str = "auto",
+        max_rounds: int | None = None,
+        parallel_tools: bool = True,
+        on_tool_error: OnToolError = "report",
+        guard: Guard | None = None,
+        on_message: OnMessage | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerationKeywords],
+    ) -> Prediction:
+        """Start a prediction that answers a chat with the help of tools.
+
+        The model is asked, its calls are carried out, and it is asked again with their results,
+        until it makes none: `PredictionResult.messages` has all of that. It is cancelled, and
+        with it the handlers that run, when everybody who waited for it or iterated it is gone; see
+        `Prediction`.
+
+        Args:
+            messages: The whole chat, messages or dicts, or the text of one user's message.
+            tools: Functions, `Tool`, or bare definitions, whose calls end it; this and what follows
+                are as with `ChatSession.prompt`.
+            tool_choice: Whether the model may call tools, or must, or which one.
+            max_rounds: How often the model is asked at most; the last time it has no tools.
+            parallel_tools: Whether calls of one round are carried out at the same time.
+            on_tool_error: What a handler's failure does.
+            guard: Looks at each call before it is carried out.
+            on_message: Called with each message of `PredictionResult.messages` at the end.
+            template_kwargs: Variables for the template.
+            **options: See `GenerationOptions`. Without ``overflow`` a chat that does not fit is
+                `ContextOverflowError`.
+
+        Raises:
+            TypeError: an option is unknown or has the wrong type, or a message or tool has.
+            ValueError: an option, a message or a tool is wrong, or there is none.
+            UnsupportedError: the model cannot generate.
+            RuntimeError: called without a running event loop.
+        """
+        box = to_toolbox(tools)
+        if not box:
+            raise ValueError("tools must not be empty; without any, model.respond answers")
+        return self.respond(
+            messages,
+            tools=box,
+            tool_choice=tool_choice,
+            max_rounds=max_rounds,
+            parallel_tools=parallel_tools,
+            on_tool_error=on_tool_error,
+            guard=guard,
+            on_message=on_message,
+            template_kwargs=template_kwargs,
+            **options,
         )
 
     def chat(
@@ -258,7 +346,7 @@ class Model:
         context: Context | None = None,
         system_prompt: str | None = None,
         history: Iterable[MessageLike] = (),
-        tools: Iterable[Mapping[str, Any]] | None = None,
+        tools: Iterable[ToolLike] | None = None,
         chat_template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         on_message: OnMessage | None = None,
@@ -270,7 +358,8 @@ class Model:
             context: Where it runs, one of this model's; None is the default context.
             system_prompt: What the model is told first; None leaves that to the template.
             history: Messages to begin with, after `system_prompt`.
-            tools: Schemas of tools that the template shows to the model.
+            tools: Tools that the model may call, unless a prompt has its own; see
+                `ChatSession.prompt`.
             chat_template: Jinja text instead of the model's own template.
             template_kwargs: Variables for the template, such as ``{"enable_thinking": False}``.
             on_message: Called with each message that enters the history by a prompt.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+import weakref
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
@@ -23,7 +24,7 @@ import msgspec
 
 from llamactor._hub import LoopHub, call_on_loop, check_loop, finalisers_rest, hub_for, running_loop
 from llamactor._work import work_of
-from llamactor.calls import ToolCall
+from llamactor.calls import ToolCall, read_call
 from llamactor.errors import ClosedError, LlamactorError, SchemaValidationError
 from llamactor.options import generation_options, native_options, native_prompt
 from llamactor.schema import schema_of
@@ -164,13 +165,6 @@ class PredictionResult(msgspec.Struct, frozen=True):
     messages: tuple[Message, ...] = ()
     """What a chat has gained: answers with their calls, results, the last answer. Put behind the
     messages that were asked, they are how the chat goes on."""
-
-    @property
-    def pending_calls(self) -> tuple[ToolCall, ...]:
-        """The calls that nobody has answered, because their tools have no handler."""
-        answered = {getattr(message, "tool_call_id", None) for message in self.messages}
-        return tuple(call for call in self.tool_calls if call.id not in answered)
-
     parsed: Any = None
     """The value that the content says, of the type that `schema` asked for.
 
@@ -182,6 +176,12 @@ class PredictionResult(msgspec.Struct, frozen=True):
 
     A limit has closed the content then, or cut it; or a stop or a cancel has.
     """
+
+    @property
+    def pending_calls(self) -> tuple[ToolCall, ...]:
+        """The calls that nobody has answered, because their tools have no handler."""
+        answered = {getattr(message, "tool_call_id", None) for message in self.messages}
+        return tuple(call for call in self.tool_calls if call.id not in answered)
 
     def __str__(self) -> str:
         """Return the content."""
@@ -409,7 +409,7 @@ class _State:
             parsed = None if self.error is not None else self._parsed(outcome)
             result = result_of(outcome, self.error, parsed)
             self.result = result if self.on_result is None else self.on_result(result)
-            self.owner = self.on_result = None
+            self.owner = self.on_result = self.on_round = None
             self.end_lease()
             if self.error is not None:
                 _attach_partial(self.error, self.result)
@@ -421,8 +421,10 @@ class _State:
         reason = outcome["stop_reason"]
         if self.schema is None or reason in _ANSWERS_NOTHING:
             return None
+        # With rounds it is the last one that answers.
+        last: Any = self.native.round() if self.native.rounds > 1 else outcome
         try:
-            return self.schema.read(outcome["content"])
+            return self.schema.read(last["content"])
         except SchemaValidationError as error:
             if reason == "eos":
                 self.error = error
@@ -568,13 +570,13 @@ class Prediction:
         done = state.native.done
         if done:
             _report_unretrieved(state)
-        # A chat, and whoever counts the work, want to hear of the end. A closed loop hears nothing:
-        # its hub must not keep it.
+        # A chat wants to hear of the end. A closed loop hears nothing: its hub must not keep it.
         closed = state.loop.is_closed()
-        if closed or (state.on_settled is None and state.lease is None):
-            state.hub.forget(state.ident)
-        if closed:
+        if closed or done:
             state.end_lease()
+        if closed or state.on_settled is None:
+            state.hub.forget(state.ident)
+            _end_lease_later(state)
         if done:
             return
         forgotten = not state.native.touched()
@@ -836,6 +838,10 @@ class Deferred:
         """How many rounds have ended."""
         return self._state.native.rounds
 
+    def calls(self, start: int) -> list[tuple[str, str, str]]:
+        """Return id, tool and arguments as JSON of the complete calls from the `start`-th on."""
+        return self._state.native.calls(start)
+
     def last_round(self) -> PredictionResult | None:
         """Return what the round that has ended last has produced; None before the first end."""
         outcome: dict[str, Any] | None = self._state.native.round()
@@ -894,6 +900,24 @@ def defer_prediction(
     return Prediction(state), Deferred(context, state)
 
 
+def _end_lease_later(state: _State) -> None:
+    """Let the model go once a prediction that nobody can reach has ended; on whatever thread."""
+    native, lease, hub = state.native, state.lease, weakref.ref(state.hub)
+    if lease is None:
+        return
+
+    def on_news() -> None:
+        # Holds neither the state nor the loop, which would keep each other.
+        if native.done:
+            tokens: Any = native.stats()["predicted_tokens"]
+            lease.settle(tokens)
+            if (listening := hub()) is not None:
+                listening.forget(native.id)
+
+    state.hub.listen(state.ident, on_news)
+    on_news()
+
+
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
@@ -923,7 +947,7 @@ def result_of(
         reasoning=outcome["reasoning"],
         segments=tuple(Segment("reasoning", *segment) for segment in outcome["segments"]),
         content_start=outcome["content_start"],
-        tool_calls=tuple(ToolCall(*call) for call in outcome["tool_calls"]),
+        tool_calls=tuple(read_call(*call)[0] for call in outcome["tool_calls"]),
         parsed=parsed,
         completed=outcome["completed"],
     )
@@ -956,20 +980,23 @@ def _event(
             return PromptProgress(processed, cached, total)
         case ("shift", dropped):
             return ContextShifted(dropped)
-        case _:
-            return _call_event(native, calls)
+        case (kind, index, *rest):
+            return _call_event(kind, index, rest, calls)
+    raise AssertionError(f"unknown event {native!r}")
 
 
-def _call_event(native: tuple[Any, ...], calls: dict[int, tuple[str, str]]) -> Event:
-    match native:
-        case ("call_start", index, ident, name):
+def _call_event(
+    kind: str, index: int, rest: Sequence[str], calls: dict[int, tuple[str, str]]
+) -> Event:
+    match kind, rest:
+        case "call_start", (ident, name):
             calls[index] = (ident, name)
             return ToolCallStart(index, ident, name)
-        case ("call_delta", index, arguments):
+        case "call_delta", (arguments,):
             return ToolCallDelta(index, arguments)
-        case ("call_end", index, arguments):
-            return ToolCallEnd(ToolCall(*calls[index], arguments))
-    raise AssertionError(f"unknown event {native!r}")
+        case "call_end", (arguments,):
+            return ToolCallEnd(read_call(*calls[index], arguments)[0])
+    raise AssertionError(f"unknown event {kind!r}")
 
 
 def _attach_partial(error: BaseException, result: PredictionResult) -> None:

@@ -24,14 +24,11 @@ import difflib
 import fcntl
 import os
 import tempfile
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
-import platformdirs
-import tomli_w
 
 from llamactor import _checks as check
 from llamactor.errors import PresetNotFoundError
@@ -184,6 +181,8 @@ class Presets:
             raise type(error)(f"preset {name!r} of {self._path}: {error}") from None
 
     def _read(self) -> dict[str, Any]:
+        import tomllib  # here and below: what most programs never use is imported when it is
+
         try:
             return tomllib.loads(self._path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -193,6 +192,8 @@ class Presets:
 
     def _edit(self, edit: Callable[[dict[str, Any]], T]) -> T:
         """Change the file while no other process does."""
+        import tomli_w
+
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self._path.with_name(f".{self._path.name}.lock")):
             tables = self._read()
@@ -203,6 +204,8 @@ class Presets:
 
 def default_path() -> Path:
     """Return the file that presets are in when none is named."""
+    import platformdirs
+
     return platformdirs.user_config_path("llamactor", appauthor=False) / FILE_NAME
 
 

@@ -169,6 +169,8 @@ pub struct Log {
     past: Stats,
     n_rounds: usize,
     last: Option<Round>,
+    /// Whether whoever drives the rounds does not know of all calls.
+    driver_news: bool,
     pub outcome: Option<Arc<Outcome>>,
 }
 
@@ -202,6 +204,7 @@ impl Log {
             past: Stats::default(),
             n_rounds: 0,
             last: None,
+            driver_news: false,
             outcome: None,
         }
     }
@@ -291,6 +294,11 @@ impl Log {
             tokens: self.tokens.len(),
             logprobs: self.logprobs.len(),
         }
+    }
+
+    /// The whole calls of all rounds, from the `start`-th on.
+    pub fn whole_calls(&self, start: usize) -> impl Iterator<Item = &ToolCall> {
+        self.calls.iter().filter(|call| call.whole).skip(start)
     }
 
     /// What all of it took so far.
@@ -399,6 +407,7 @@ impl Log {
             CallEvent::End { index, arguments } => {
                 if let Some(call) = self.calls.get_mut(self.start.calls + index) {
                     (call.arguments, call.whole) = (arguments.clone(), true);
+                    self.driver_news = self.phase == Phase::Running { more: true };
                 }
             }
         }
@@ -610,9 +619,10 @@ impl Log {
         waiting && (news || self.outcome.is_some())
     }
 
-    /// Whether a suspended reader can go on.
+    /// Whether a suspended reader can go on, or a call can be carried out.
     pub fn take_news(&mut self) -> bool {
-        self.readers.iter().flatten().any(|reader| reader.waiting && self.has_news(reader))
+        let news = std::mem::take(&mut self.driver_news);
+        news || self.readers.iter().flatten().any(|reader| reader.waiting && self.has_news(reader))
     }
 }
 

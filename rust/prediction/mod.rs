@@ -137,6 +137,12 @@ impl Prediction {
         self.log().n_rounds()
     }
 
+    /// The whole calls of tools so far, of all rounds, from the `start`-th on.
+    #[must_use]
+    pub fn calls(&self, start: usize) -> Vec<ToolCall> {
+        self.log().whole_calls(start).cloned().collect()
+    }
+
     /// Puts an event of its driver's own in; `index` is its place in the driver's list.
     pub fn note(&self, index: usize) {
         self.log().note(Event::Note(index));

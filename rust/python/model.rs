@@ -23,6 +23,10 @@ use crate::sequence::{BareLoop, Sequences, note};
 /// Longest text that is tokenised on the caller's stack; a longer one gets a thread with a larger one.
 const OWN_STACK_BYTES: usize = 4 * 1024;
 
+/// How often, and how far apart, a closing model looks whether it is used by nobody any more; half a second in all.
+const LET_GO_STEPS: u32 = 500;
+const LET_GO_STEP: Duration = Duration::from_millis(1);
+
 /// Loading, and tokenising long texts, recurses.
 const STACK_BYTES: usize = 64 * 1024 * 1024;
 
@@ -231,10 +235,21 @@ impl Model {
                 context.close();
                 context.shared().wait_ended(Duration::MAX);
             }
-            drop(model);
+            model.map(let_go);
             reporter.finish(Ok(Value::None));
         })?;
         Ok(Call::new(state))
+    }
+}
+
+/// Frees a model, after the threads that worked with it have let it go: they do so a moment after their context has
+/// ended, and whoever closes a model wants its memory.
+fn let_go(model: Arc<model::Model>) {
+    for _ in 0..LET_GO_STEPS {
+        if Arc::strong_count(&model) == 1 {
+            break;
+        }
+        std::thread::sleep(LET_GO_STEP);
     }
 }
 

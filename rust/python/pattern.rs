@@ -1,8 +1,10 @@
-//! Regular expressions of JSON Schemas, for data that no grammar has made.
+//! Regular expressions of JSON Schemas, read as grammars read them, for data that no grammar has made.
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use regex::Regex;
+
+use crate::sequence::grammar::schema::portable;
 
 /// A compiled expression, in which no text is searched longer than in proportion to its length.
 #[pyclass(frozen)]
@@ -12,7 +14,7 @@ pub struct Pattern(Regex);
 impl Pattern {
     #[new]
     fn new(pattern: &str) -> PyResult<Self> {
-        let compiled = Regex::new(pattern).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        let compiled = Regex::new(&portable(pattern)).map_err(|error| PyValueError::new_err(error.to_string()))?;
         Ok(Self(compiled))
     }
 

@@ -10,7 +10,7 @@ use super::error::to_python;
 use super::process::Native;
 use crate::context::job::Flow as _;
 use crate::context::parking::Source;
-use crate::prediction::{self, Event, Finished, Segment, Stats};
+use crate::prediction::{self, Event, Finished, Segment, Stats, ToolCall};
 use crate::sequence::{CallEvent, Outcome, StopReason};
 
 /// A running or finished prediction.
@@ -94,6 +94,11 @@ impl Prediction {
         Ok(self.native.get()?.n_rounds())
     }
 
+    /// Id, tool and arguments of the whole calls so far, of all rounds, from the `start`-th on.
+    fn calls<'py>(&self, py: Python<'py>, start: usize) -> PyResult<Bound<'py, PyList>> {
+        tool_calls(py, &self.native.get()?.calls(start))
+    }
+
     /// Puts in an event of the driver's own.
     fn note(&self, index: usize) -> PyResult<()> {
         self.native.get()?.note(index);
@@ -170,7 +175,7 @@ impl Prediction {
         dict.set_item("reasoning", Some(&finished.reasoning).filter(|text| !text.is_empty()))?;
         dict.set_item("segments", segments(py, finished)?)?;
         dict.set_item("content_start", finished.content_start)?;
-        dict.set_item("tool_calls", tool_calls(py, finished)?)?;
+        dict.set_item("tool_calls", tool_calls(py, &finished.calls)?)?;
         dict.set_item("tokens", &finished.tokens)?;
         dict.set_item("logprobs", terms.logprobs.then(|| logprobs(py, finished)).transpose()?)?;
         dict.set_item("stop_reason", outcome.stop_reason.name())?;
@@ -204,8 +209,8 @@ fn tuple(py: Python<'_>, event: Event) -> PyResult<Bound<'_, PyTuple>> {
     }
 }
 
-fn tool_calls<'py>(py: Python<'py>, finished: &Finished) -> PyResult<Bound<'py, PyList>> {
-    PyList::new(py, finished.calls.iter().map(|call| (&call.id, &call.name, &call.arguments)))
+fn tool_calls<'py>(py: Python<'py>, calls: &[ToolCall]) -> PyResult<Bound<'py, PyList>> {
+    PyList::new(py, calls.iter().map(|call| (&call.id, &call.name, &call.arguments)))
 }
 
 fn shift<'py>(py: Python<'py>, policy: &str, finished: &Finished) -> PyResult<Option<Bound<'py, PyDict>>> {

@@ -33,7 +33,8 @@ pub enum StopReason {
 }
 
 impl StopReason {
-    const ALL: [Self; 5] = [Self::Eos, Self::StopString, Self::MaxTokens, Self::ContextFull, Self::Cancelled];
+    const ALL: [Self; 6] =
+        [Self::Eos, Self::StopString, Self::MaxTokens, Self::ContextFull, Self::ToolCalls, Self::Cancelled];
 
     /// The reason of that name.
     #[must_use]

@@ -242,10 +242,9 @@ impl State {
     /// The same for another generation: nothing is shared that grows.
     fn fork(&self) -> Self {
         match self {
-            Self::Tracked(tracked) => Self::Tracked(Box::new(tracked.fork())),
             Self::Guided(guided) => Self::Guided(guided.fork()),
             Self::Any(states) => Self::Any(states.iter().map(Self::fork).collect()),
-            Self::Gbnf(..) | Self::Waiting(_) => self.clone(),
+            Self::Tracked(_) | Self::Gbnf(..) | Self::Waiting(_) => self.clone(),
         }
     }
 

@@ -11,52 +11,18 @@ import llamactor
 from llamactor import context_shift
 from llamactor.cli.chat import HELP
 from llamactor.options import load_options
-from tests.documents import blocks, output_of_program
+from tests.documents import Runs, blocks, programs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
 
 
-def programs() -> dict[str, str]:
-    """The programs by the headings they stand under; a second one there has a 2 behind it."""
-    found: dict[str, str] = {}
-    for section in re.split(r"^### ", GUIDE, flags=re.MULTILINE)[1:]:
-        title = section.partition("\n")[0]
-        for number, program in enumerate(blocks(section, "python"), start=1):
-            found[title if number == 1 else f"{title} {number}"] = program
-    return found
-
-
-PROGRAMS = programs()
-
-
-class Runs:
-    """Runs programs of the guide in one folder, each once."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._outputs: dict[str, str] = {}
-
-    def output(self, title: str) -> str:
-        if title not in self._outputs:
-            self._outputs[title] = output_of_program(PROGRAMS[title], self.folder)
-        return self._outputs[title]
-
-    def answers(self, title: str) -> list[str]:
-        """What it prints behind "AI:"."""
-        return re.findall(r"^AI: *(\S[^\n]*)", self.output(title), re.MULTILINE)
-
-    def numbers(self, title: str) -> list[tuple[int, ...]]:
-        """The numbers in each line of its output."""
-        return [tuple(map(int, re.findall(r"\d+", line))) for line in self.lines(title)]
-
-    def lines(self, title: str) -> list[str]:
-        return self.output(title).splitlines()
+PROGRAMS = programs_of(GUIDE)
 
 
 @pytest.fixture(scope="module")
 def guide(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("guide"))
+    return Runs(PROGRAMS, tmp_path_factory.mktemp("guide"))
 
 
 # --- the first conversation ---------------------------------------------------------------------

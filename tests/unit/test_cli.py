@@ -351,6 +351,26 @@ def test_options_reach_the_answers(capsys: pytest.CaptureFixture[str]) -> None:
     assert one == again != other
 
 
+def test_an_answer_has_the_shape_that_was_asked_for(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": [7]}, "minItems": 2, "maxItems": 2}')
+    gbnf, lark = tmp_path / "yes.gbnf", tmp_path / "no.lark"
+    gbnf.write_text('root ::= "yes"')
+    lark.write_text('start: "no"')
+    for shape, pattern in (
+        (["--schema", str(schema)], r"\[\s*7\s*,\s*7\s*\]"),
+        (["--regex", "[A-C]{3}"], "[A-C]{3}"),
+        (["--grammar", str(gbnf)], "yes"),
+        (["--grammar", str(lark)], "no"),
+        (["--grammar", "arithmetic", "--max-tokens", "4"], "[^=]*=?.*"),
+    ):
+        done = piped([*COMPLETE, QUESTION, *shape])
+        assert (done.returncode, done.stderr) == (0, "")
+        assert re.fullmatch(pattern, done.stdout.strip()), done.stdout
+    done = piped([*CHAT, "--regex", "maybe", "--reasoning-budget", "4"], HELLO)
+    assert done.stdout == "maybe\n"
+
+
 def test_the_system_prompt_comes_from_a_word_or_a_file(tmp_path: Path) -> None:
     path = tmp_path / "system"
     path.write_text("Be brief.\n")
@@ -386,6 +406,10 @@ def test_a_template_comes_from_a_file_with_its_variables(tmp_path: Path) -> None
         (["complete", "--tempreature=1"], "unknown option: --tempreature=1"),
         (["complete", ""], "the prompt is empty"),
         (["complete", "--overflow", "erase_oldest", "a"], 'Invalid value "erase_oldest"'),
+        (["complete", "a", "--grammar", "arithmtic"], "name must be one of 'json', "),
+        (["complete", "a", "--grammar", "none.gbnf"], "none.gbnf: No such file or directory"),
+        (["complete", "a", "--schema", str(TINYCHAT)], f"{TINYCHAT} is no JSON: "),
+        (["chat", "--regex", "a", "--grammar", "json"], "of grammar, schema and regex one at most"),
         (["bench", "--rounds", "0"], "--rounds must be at least 1, not 0"),
         (["bench", "--parallel", "2", "300"], "--parallel must be 1 to 256, not 300"),
     ],

@@ -248,7 +248,7 @@ def test_what_is_on_the_hub_is_described_before_it_is_pulled(hub: Hub, home: Pat
 
 def test_control_c_ends_a_pull_at_a_terminal_and_the_next_one_goes_on(hub: Hub) -> None:
     file = hub.repositories[REPO]["Tiny-Q8_0.gguf"]
-    file.stall_at = len(file.content) // 2
+    file.stalls = [len(file.content) // 2]
     screen = Terminal(PULL, COLUMNS="120")
     try:
         screen.shows("Tiny-Q8_0.gguf .*1\\.6/3\\.1 MB")
@@ -256,7 +256,6 @@ def test_control_c_ends_a_pull_at_a_terminal_and_the_next_one_goes_on(hub: Hub) 
         assert screen.ends() == 130
     finally:
         screen.close()
-    file.stall_at = None
     hub.release.set()
     assert outcome(piped(PULL)) == (0, "Tiny-Q8_0\n", "")
     assert file.requests[-1] == f"bytes={len(file.content) // 2}-"
@@ -264,7 +263,7 @@ def test_control_c_ends_a_pull_at_a_terminal_and_the_next_one_goes_on(hub: Hub) 
 
 def test_what_an_interrupted_pull_has_left_is_pruned(hub: Hub) -> None:
     file = hub.repositories[REPO]["Tiny-Q8_0.gguf"]
-    file.stall_at = len(file.content) // 2
+    file.stalls = [len(file.content) // 2]
     with subprocess.Popen(PULL, stderr=subprocess.PIPE) as pull:
         assert hub.stalled.wait(PATIENCE)
         pull.send_signal(signal.SIGINT)
@@ -304,6 +303,37 @@ def test_a_model_is_described_without_loading_it(run: Run) -> None:
     assert described["file"] == str(TINYCHAT)
     assert described["layers"] == "6"
     assert said(run, "info", TINYCHAT)["parameters"] == 2903232
+
+
+def test_what_a_model_would_take_is_planned_with_the_options_of_its_load(run: Run) -> None:
+    def planned(*flags: str) -> Any:
+        return said(run, "info", TINYCHAT, *flags)["memory"]
+
+    small, large = planned("--context-size", "512"), planned("--context-size", "1024")
+    assert (small["context_size"], large["context_size"]) == (512, 1024)
+    caches = [plan["per_device"]["CPU"]["cache"] for plan in (small, large)]
+    assert caches[1] == 2 * caches[0] > 0
+    done(run, "presets", "set", "half", "--context-size", "512")
+    assert planned("--preset", "half")["per_device"] == small["per_device"]
+    shown = done(run, "info", TINYCHAT, "--context-size", "512")
+    assert "With a context of 512 tokens it takes " in shown
+    assert shown.endswith(": it fits.\n")
+
+
+def test_what_does_not_fit_is_said_with_what_would(run: Run) -> None:
+    shown = done(run, "info", TINYCHAT, "--context-size", "100000000")
+    assert "it does not fit.\nIt would fit with --context-size " in shown
+
+
+def test_a_model_that_cannot_be_loaded_is_still_described(run: Run, home: Path) -> None:
+    alien = tiny_llama(home / "alien.gguf", layers=1)
+    content = alien.read_bytes()
+    alien.write_bytes(content.replace(b"llama", b"alien"))
+    status, out, err = run("info", alien)
+    assert status == 0
+    assert "architecture     alien\n" in out
+    assert err.startswith("llamactor: ")
+    assert err.count("\n") == 1
 
 
 def test_parts_of_a_header_are_shown_whole(run: Run) -> None:

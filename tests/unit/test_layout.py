@@ -43,7 +43,7 @@ PYTHON_MODULES = {
     "context": {"_checks", "_home", "_hub", "_opening", "sequence"},
     "chat": {
         *("_checks", "_core", "_home", "_hub", "_opening", "_work", "calls"),
-        *("errors", "options", "prediction"),
+        *("errors", "options", "prediction", "schema"),
     },
     "context_shift": {"chat"},
     "model": {
@@ -60,8 +60,8 @@ PYTHON_MODULES = {
         *("options", "prediction", "presets", "store", "system"),
     },
     "cli": {
-        *("_bare", "chat", "errors", "loading", "options"),
-        *("prediction", "presets", "store", "system"),
+        *("_bare", "chat", "errors", "grammar", "loading", "options"),
+        *("prediction", "presets", "runtime", "store", "system"),
     },
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -221,6 +222,33 @@ async def test_a_server_that_knows_no_ranges_sends_all_of_it_again(
     assert told[-1].fraction == 1.0
 
 
+async def test_a_connection_that_falls_silent_is_taken_up_again(
+    hub: Hub, store: ModelStore, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    file = hub.add(REPO, FILE, content)
+    file.stalls = [len(content) // 2]
+    assert (await store.pull(f"hf:{REPO}")).path.read_bytes() == content
+    assert file.requests == ["", f"bytes={len(content) // 2}-"]
+
+
+async def test_files_may_lie_on_another_server_which_sees_no_token(
+    hub: Hub, store: ModelStore, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.token = "hf_secret"
+    hub.add(REPO, FILE, content)
+    storage = Hub()
+    file = storage.add(REPO, FILE, content)
+    file.drops = [len(content) // 2]
+    with running(storage) as address:
+        hub.storage = address.replace("127.0.0.1", "localhost")
+        assert (await store.pull(f"hf:{REPO}")).path.read_bytes() == content
+    assert set(hub.authorized) == {"Bearer hf_secret"}
+    assert set(storage.authorized) == {None}
+    assert file.sent == len(content)
+
+
 # --- failures that stay -------------------------------------------------------------------------
 
 
@@ -333,6 +361,35 @@ async def test_a_hub_that_is_not_there_is_named(
         await store.pull(f"hf:{REPO}")
 
 
+async def test_without_the_library_the_extra_is_named(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(DownloadError, match=r"pip install 'llamactor\[hub\]'"):
+        await store.pull(f"hf:{REPO}")
+
+
+async def test_a_disk_that_is_too_small_is_named_before_anything_comes(
+    hub: Hub, store: ModelStore, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = hub.add(REPO, FILE, content)
+    usage = shutil.disk_usage(store.path.parent)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DownloadError, match=f"needs {len(content)} more bytes, 1000 are free"):
+        await store.pull(f"hf:{REPO}")
+    assert file.requests == []
+
+
+async def test_names_that_lead_out_of_the_store_are_not_followed(
+    hub: Hub, store: ModelStore, content: bytes
+) -> None:
+    hub.add(REPO, "../../Out-Q4_K_M.gguf", content)
+    with pytest.raises(ModelNotFoundError, match="holds no"):
+        await store.pull(f"hf:{REPO}")
+    with pytest.raises(ModelNotFoundError):
+        await store.pull("hf:../..:Q4_K_M")
+
+
 async def test_a_name_that_is_taken_is_refused_before_anything_comes(
     hub: Hub, store: ModelStore, content: bytes, tiny_model_path: Path
 ) -> None:
@@ -350,17 +407,16 @@ async def test_cancelling_keeps_what_has_arrived_and_the_next_pull_goes_on(
     hub: Hub, store: ModelStore, content: bytes
 ) -> None:
     file = hub.add(REPO, FILE, content)
-    file.stall_at = len(content) // 2
+    file.stalls = [len(content) // 2]
     pull = asyncio.create_task(store.pull(f"hf:{REPO}"))
     assert await asyncio.to_thread(hub.stalled.wait, PATIENCE)
-    partial = await until_written(store, file.stall_at)
+    partial = await until_written(store, len(content) // 2)
     pull.cancel()
     with pytest.raises(asyncio.CancelledError):
         await pull
     assert files_of(store) == [partial]
     assert await store.list() == []
     hub.release.set()
-    file.stall_at = None
     assert (await store.pull(f"hf:{REPO}")).path.read_bytes() == content
     assert file.requests[-1] == f"bytes={len(content) // 2}-"
 
@@ -379,7 +435,7 @@ async def test_cancelling_a_load_ends_its_download(
     hub: Hub, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLAMACTOR_MODELS_DIR", str(tmp_path / "default"))
-    hub.add(REPO, FILE, content).stall_at = len(content) // 2
+    hub.add(REPO, FILE, content).stalls = [len(content) // 2]
     loading = llamactor.load_model(f"hf:{REPO}")
     assert await asyncio.to_thread(hub.stalled.wait, PATIENCE)
     loading.cancel()
@@ -388,14 +444,26 @@ async def test_cancelling_a_load_ends_its_download(
     assert await ModelStore().list() == []
 
 
+async def test_cancelling_does_not_wait_for_a_hub_that_does_not_answer(
+    hub: Hub, store: ModelStore
+) -> None:
+    hub.is_silent = True
+    pull = asyncio.create_task(store.pull(f"hf:{REPO}"))
+    assert await asyncio.to_thread(hub.stalled.wait, PATIENCE)
+    pull.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await pull
+    assert not hub.release.is_set()
+
+
 async def test_prune_removes_what_was_left_but_not_what_is_being_written(
     hub: Hub, store: ModelStore, content: bytes
 ) -> None:
     file = hub.add(REPO, FILE, content)
-    file.stall_at = len(content) // 2
+    file.stalls = [len(content) // 2]
     pull = asyncio.create_task(store.pull(f"hf:{REPO}"))
     assert await asyncio.to_thread(hub.stalled.wait, PATIENCE)
-    await until_written(store, file.stall_at)
+    await until_written(store, len(content) // 2)
     assert await store.prune() == 0
     pull.cancel()
     await asyncio.wait([pull])

@@ -13,12 +13,14 @@ import pytest
 import llamactor
 from llamactor import (
     BusyError,
+    ChatSession,
     ClosedError,
     LoadCancelledError,
     ModelHandle,
     ModelNotFoundError,
     ModelNotLoadedError,
     Runtime,
+    StateMismatchError,
 )
 from tests.conftest import PATIENCE
 from tests.contexts import soon, until
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.conftest import Gate
+
+
+pytestmark = pytest.mark.every_loop
 
 
 def state(runtime: Runtime) -> str:
@@ -132,6 +137,20 @@ async def test_a_load_cancelled_at_any_time_leaves_nothing(
     assert runtime.snapshot.memory_bytes == 0
     await until_unmapped(spoken["gamma"])
     assert runtime.loaded() == ()
+
+
+async def test_a_load_given_up_in_the_very_moment_it_ends_leaves_nothing(
+    runtime: Runtime, spoken: dict[str, Path]
+) -> None:
+    loading = runtime.load(spoken["gamma"], **SMALL)
+    async for status in runtime.status():
+        if status.models:
+            loading.cancel()
+            break
+    with pytest.raises(LoadCancelledError):
+        await loading
+    await until(lambda: not runtime.snapshot.models)
+    await until_unmapped(spoken["gamma"])
 
 
 async def test_a_finished_load_that_nobody_got_is_unloaded(
@@ -286,6 +305,26 @@ async def test_a_chat_of_a_handle_goes_on_with_the_model_that_is_loaded_then(
             assert [message.content for message in talk.history] == [
                 *("one", SAYS["alpha"], "two", SAYS["beta"])
             ]
+
+
+async def test_a_chat_of_a_handle_is_saved_and_restored_wherever_it_runs(
+    runtime: Runtime, spoken: dict[str, Path], tmp_path: Path
+) -> None:
+    handle = await runtime.load(spoken["alpha"], identifier="mine", **SMALL)
+    async with handle.chat(max_tokens=8) as session:
+        await session.prompt("one")
+        await session.save(tmp_path / "chat")
+        await runtime.swap("mine", spoken["beta"], **SMALL)
+        with pytest.raises(StateMismatchError):
+            await ChatSession.restore(tmp_path / "chat", handle)
+        await session.save(tmp_path / "chat")
+    async with ChatSession.restore(tmp_path / "chat", handle) as session:
+        await runtime.unload("mine")
+        await runtime.load(spoken["beta"], identifier="mine", **SMALL)
+        assert (await session.prompt("two")).content == SAYS["beta"]
+        assert [message.content for message in session.history] == [
+            *("one", SAYS["alpha"], "two", SAYS["beta"])
+        ]
 
 
 # --- unloading ------------------------------------------------------------------------------------
@@ -626,6 +665,41 @@ async def test_closing_stops_loads_and_closes_models(spoken: dict[str, Path], ga
         _ = runtime.model("alpha")
     await runtime.aclose()
     await context.aclose()
+
+
+async def test_cancelling_a_close_stops_only_the_waiting(
+    spoken: dict[str, Path], gate: Gate
+) -> None:
+    runtime = Runtime(memory_limit=None)
+    model = await runtime.load(spoken["alpha"], **SMALL)
+    prediction = model.complete("x", logits_processor=gate)
+    await gate.reached()
+    closing = asyncio.create_task(runtime.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.wait([closing])
+    assert closing.cancelled()
+    gate.open()
+    with pytest.raises(ClosedError):
+        await prediction
+    await soon(runtime.aclose())
+    assert runtime.snapshot.closed
+    assert runtime.snapshot.memory_bytes == 0
+    await until_unmapped(spoken["alpha"])
+
+
+async def test_cancelling_an_estimate_leaves_nothing(
+    runtime: Runtime, spoken: dict[str, Path]
+) -> None:
+    for turns in range(8):
+        estimating = asyncio.create_task(runtime.estimate(spoken["alpha"], **SMALL))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        estimating.cancel()
+        await asyncio.wait([estimating])
+    await until_unmapped(spoken["alpha"])
+    assert runtime.snapshot.memory_bytes == 0
+    assert (await runtime.estimate(spoken["alpha"], **SMALL)).fits
 
 
 def test_a_runtime_belongs_to_one_loop(spoken: dict[str, Path]) -> None:

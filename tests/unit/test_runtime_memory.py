@@ -400,4 +400,4 @@ async def test_two_models_that_do_not_fit_together_serve_everybody(
     assert {name for name, _ in answers} == {"alpha", "beta"}
     assert all(SAYS[name].startswith(content) and content for name, content in answers)
     assert max(seen) <= limit
-    assert len(seen) > 100
+    assert len(seen) > 10

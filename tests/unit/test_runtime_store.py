@@ -142,7 +142,7 @@ async def test_a_load_cancelled_while_downloading_leaves_no_model(
 ) -> None:
     content = spoken["alpha"].read_bytes()
     file = hub.add("owner/Speaker", "speaker-Q8_0.gguf", content)
-    file.stall_at = len(content) // 2
+    file.stalls = [len(content) // 2]
     loading = runtime.load("hf:owner/Speaker", **SMALL)
     assert await asyncio.to_thread(hub.stalled.wait, PATIENCE)
     loading.cancel()

@@ -151,7 +151,7 @@ async def test_options_tools_and_template_come_back(tinychat: Model, tmp_path: P
                 "seed": 6,
             }
         )
-        assert after.tools == before.tools
+        assert after.tools.definitions == before.tools.definitions
         assert after.template_kwargs == before.template_kwargs
     await session.aclose()
 

@@ -11,7 +11,17 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable
-from typing import Annotated, Any, Generic, Literal, NamedTuple, NotRequired, TypedDict, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    TypedDict,
+    TypeVar,
+)
 
 import jsonschema
 import msgspec
@@ -23,6 +33,9 @@ from msgspec import Meta
 
 from llamactor import LlamactorError, Schema, SchemaValidationError, schema_of
 from tests.conftest import TIME_SCALE
+
+if TYPE_CHECKING:
+    from llamactor import Model
 
 T = TypeVar("T")
 
@@ -167,8 +180,16 @@ WRITTEN: list[tuple[Any, dict[str, Any]]] = [
         dict[Colour, bool],
         {
             "type": "object",
+            "properties": {"red": {"type": "boolean"}, "blue": {"type": "boolean"}},
+            "additionalProperties": False,
+        },
+    ),
+    (
+        dict[int, bool],
+        {
+            "type": "object",
             "additionalProperties": {"type": "boolean"},
-            "propertyNames": {"enum": ["red", "blue"]},
+            "propertyNames": {"pattern": "^(0|-?[1-9][0-9]{0,14})$"},
         },
     ),
     (int | None, {"anyOf": [{"type": "integer"}, {"type": "null"}]}),
@@ -373,6 +394,8 @@ VALUES: list[tuple[Any, str, Any]] = [
     (set[int], "[1,1,2]", {1, 2}),
     (tuple[int, str], '[1,"a"]', (1, "a")),
     (dict[int, str], '{"1":"a"}', {1: "a"}),
+    (dict[Colour, int], '{"red":1}', {Colour.RED: 1}),
+    (dict[Literal["a", "b"], int], '{"b":1}', {"b": 1}),
     (Pair, "[1]", Pair(1)),
     (Row, '["Row",1,"x"]', Row(1, "x")),
     (Options, '{"size":1,"colour":"blue"}', {"size": 1, "colour": Colour.BLUE}),
@@ -567,3 +590,31 @@ def test_pydantic_is_imported_by_nobody_but_the_user() -> None:
         "assert not {'pydantic', 'jsonschema', 'json_repair'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60 * TIME_SCALE)
+
+
+# --- what models write ----------------------------------------------------------------------------
+
+ANSWERED = [
+    *(Colour, Point, Tree, Circle | Square, Row, Pair, Options, Person, Animal, Owner, Box[str]),
+    *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, uuid.UUID, bytes),
+    *(Annotated[datetime.datetime, Meta(tz=False)], Annotated[datetime.time, Meta(tz=False)]),
+    *(decimal.Decimal, int, float, bool, str, Any, int | None, Literal["a", 1], type(None)),
+    *(list[float], set[int], tuple[int, str], dict[str, float], dict[Colour, int]),
+    *(Annotated[int, Meta(ge=-3, lt=7)], Annotated[float, Meta(gt=0)]),
+    *(Annotated[str, Meta(pattern="^[ab]+$", max_length=5)], Annotated[bytes, Meta(min_length=3)]),
+]
+
+
+@pytest.mark.parametrize("hint", ANSWERED, ids=lambda item: str(item)[:50])
+async def test_whatever_a_model_writes_is_a_value_of_the_type(tiny_model: Model, hint: Any) -> None:
+    """Random weights at temperature 1, cut anywhere."""
+    schema = schema_of(hint)
+    for seed in range(6):
+        answer = tiny_model.complete(
+            "x", schema=hint, temperature=1.0, seed=seed, max_tokens=50 + 10 * seed
+        )
+        values = [value async for value in answer.partial_values()]
+        result = await answer
+        assert result.parsed == schema.convert(result.content)
+        assert (values or [None])[-1] == result.parsed
+        assert result.completed or result.stop_reason == "max_tokens"

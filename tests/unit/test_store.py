@@ -26,7 +26,7 @@ from llamactor import (
     StoredModel,
     StoreError,
 )
-from llamactor.store import database, files
+from llamactor.store import database, discovery, files
 from llamactor.store.header import header_of
 from llamactor.store.refs import HubRef, is_model_name, kind_of, parse_hub, quantization_in
 from llamactor.store.threads import Stop, off_loop
@@ -43,6 +43,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(discovery, "OLLAMA_FOLDERS", ("~/.ollama/models",))
     for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", "OLLAMA_MODELS"):
         monkeypatch.delenv(name, raising=False)
     return home
@@ -70,6 +71,12 @@ def flip(path: Path, at: int = -1) -> None:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def cancel_once(task: asyncio.Task[Any]) -> None:
+    """Cancel a task; a second cancel would not wait for its thread."""
+    if not task.cancelling():
+        task.cancel()
 
 
 # --- what a record says -------------------------------------------------------------------------
@@ -256,10 +263,18 @@ async def test_progress_is_told_in_the_loop_and_ends_whole(
 async def test_cancelling_an_import_records_nothing_and_leaves_no_copy(
     store: ModelStore, model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "CHUNK", 100)
-    importing = asyncio.create_task(
-        store.import_(model_path, copy=True, progress=lambda _: importing.cancel())
-    )
+    written, may_go_on = threading.Event(), threading.Event()
+
+    def wait_for_the_disk(_: int) -> None:
+        written.set()
+        may_go_on.wait(PATIENCE)
+
+    monkeypatch.setattr(os, "fsync", wait_for_the_disk)
+    importing = asyncio.create_task(store.import_(model_path, copy=True))
+    assert await asyncio.to_thread(written.wait, PATIENCE)
+    importing.cancel()
+    await asyncio.sleep(0)
+    may_go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await importing
     assert await store.list() == []
@@ -349,7 +364,7 @@ def test_the_forms_of_references_are_told_apart() -> None:
     assert parse_hub("hf:a/b@v1.0/c/d.gguf") == HubRef("a/b", "v1.0", None, "c/d.gguf")
     for text in ("hf:a/b", "hf:a/b:Q4_0", "hf:a/b@v1.0/c/d.gguf"):
         assert str(parse_hub(text)) == text
-    for text in ("hf:a", "hf:", "hf:a/b/c", "hf:a/b/../c.gguf", "hf:a/b:", "hf:a b/c"):
+    for text in ("hf:a", "hf:", "hf:a/b/c", "hf:a/b/../c.gguf", "hf:a/b:", "hf:a b/c", "hf:../.."):
         with pytest.raises(ModelNotFoundError, match="understood are"):
             parse_hub(text)
 
@@ -438,7 +453,7 @@ async def test_cancelling_verify_keeps_what_was_found(
     await store.import_(model_path)
     damaged.unlink()
     monkeypatch.setattr(files, "CHUNK", 100)
-    verifying = asyncio.create_task(store.verify(progress=lambda _: verifying.cancel()))
+    verifying = asyncio.create_task(store.verify(progress=lambda _: cancel_once(verifying)))
     with pytest.raises(asyncio.CancelledError):
         await verifying
     assert [model.quarantined is None for model in await store.list()] == [False, True]
@@ -509,7 +524,11 @@ def hugging_face(home: Path, data: bytes, commit: str = "c1") -> Path:
     link = repo / "snapshots" / commit / "Some-Q4_0.gguf"
     blob.parent.mkdir(parents=True, exist_ok=True)
     link.parent.mkdir(parents=True)
-    blob.write_bytes(data)
+    shared = home / ".cache/huggingface/shared" / hashlib.sha3_256(data).hexdigest()
+    shared.parent.mkdir(exist_ok=True)
+    shared.write_bytes(data)
+    blob.unlink(missing_ok=True)
+    blob.symlink_to(shared)
     link.symlink_to(f"../../blobs/{blob.name}")
     return link
 

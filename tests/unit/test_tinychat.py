@@ -152,7 +152,7 @@ async def test_a_tool_is_called_and_its_result_read(tinychat: Model) -> None:
     question = {"role": "user", "content": "What is the price of a mango?"}
     call = await tinychat.respond([question], tools=[SHOP])
     wanted = {"name": "get_price", "arguments": {"name": "mango"}}
-    assert [json.loads(one) for one in CALL.findall(call.content)] == [wanted]
+    assert [(one.name, one.arguments) for one in call.tool_calls] == [tuple(wanted.values())]
     asked = {"role": "assistant", "content": "", "tool_calls": [{"function": wanted}]}
     result = {"role": "tool", "content": '{"price": "$7"}'}
     answer = await tinychat.respond([question, asked, result], tools=[SHOP])

@@ -16,6 +16,7 @@ from llamactor.chat.messages import (
 )
 from llamactor.chat.session import ChatSession
 from llamactor.chat.shift import ShiftRequest, ShiftResult
+from llamactor.chat.tools import Tool, tool
 from llamactor.chat.turn import ChatUsage
 
 __all__ = (
@@ -27,10 +28,12 @@ __all__ = (
     "ShiftRequest",
     "ShiftResult",
     "SystemMessage",
+    "Tool",
     "ToolCall",
     "ToolMessage",
     "UserMessage",
     "dump_history",
     "load_history",
     "to_messages",
+    "tool",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 import msgspec
@@ -25,7 +25,16 @@ from llamactor.chat.saved import (
     write_chat,
 )
 from llamactor.chat.shift import check_overflow
-from llamactor.chat.template import check_template_names, check_tool_definitions, render_chat
+from llamactor.chat.template import check_template_names, render_chat
+from llamactor.chat.tools import (
+    Guard,
+    OnToolError,
+    Toolbox,
+    ToolLike,
+    ToolUse,
+    check_tool_use,
+    to_toolbox,
+)
 from llamactor.chat.turn import (
     ChatState,
     ChatUsage,
@@ -54,8 +63,8 @@ class ChatSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     options: GenerationOptions
     """How to generate."""
-    tools: tuple[Mapping[str, Any], ...] = ()
-    """Schemas of tools that the template shows to the model."""
+    tools: Toolbox
+    """Tools that the model may call."""
     template: str | None = None
     """Jinja text of the chat template; None is the plain fallback."""
     template_kwargs: Mapping[str, Any] = {}
@@ -81,7 +90,7 @@ class ChatSession:
         *,
         system_prompt: str | None = None,
         history: Iterable[MessageLike] | History = (),
-        tools: Iterable[Mapping[str, Any]] | None = None,
+        tools: Iterable[ToolLike] | Toolbox | None = None,
         chat_template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         on_message: OnMessage | None = None,
@@ -94,7 +103,7 @@ class ChatSession:
                 context it uses, or a runtime's handle, which it follows.
             system_prompt: What the model is told first; None leaves that to the template.
             history: Messages to begin with, after `system_prompt`.
-            tools: Schemas of tools that the template shows to the model.
+            tools: Tools that the model may call, unless a prompt has its own; see `prompt`.
             chat_template: Jinja text instead of the model's own template.
             template_kwargs: Variables for the template, such as ``{"enable_thinking": False}``.
             on_message: Called with each message that enters the history by a prompt.
@@ -115,7 +124,7 @@ class ChatSession:
         self._moving = target if isinstance(target, Moving) else None
         self._settings = ChatSettings(
             options=generation_options(options),
-            tools=checked_tools(tools),
+            tools=to_toolbox(tools),
             template=home.template if chat_template is None else _template(chat_template),
             template_kwargs=_kwargs(template_kwargs),
             on_message=_callback(on_message),
@@ -180,39 +189,75 @@ class ChatSession:
 
     def prompt(
         self,
-        text: str,
+        text: str | MessageLike | Sequence[MessageLike],
         *,
-        tools: Iterable[Mapping[str, Any]] | None = None,
+        tools: Iterable[ToolLike] | None = None,
+        tool_choice: str = "auto",
+        max_rounds: int | None = None,
+        parallel_tools: bool = True,
+        on_tool_error: OnToolError = "report",
+        guard: Guard | None = None,
         record: bool = True,
         on_message: OnMessage | None = None,
         **options: Unpack[GenerationKeywords],
     ) -> Prediction:
         """Say `text` to the model and start the prediction of its answer.
 
-        It waits for the prompts before it, and completions and preloads give way to it. Both
+        It waits for the prompts before it, and completions and preloads give way to it. All
         messages enter the history when the answer has ended. A prediction that fails leaves
         history, window and cache as they were. One that is cancelled does too if nothing was
         generated yet; else it is recorded as far as it came. It is cancelled when everybody who
         waited for it or iterated it is gone; see `Prediction`. One that pauses because its readers
         lag holds up those behind it.
 
+        Calls of tools with a handler are carried out, and the model is asked again with their
+        results, until it calls none or one without a handler: then the prediction ends with
+        ``stop_reason="tool_calls"``, and `PredictionResult.pending_calls` are the program's to
+        answer. Wrong calls are told to the model. Handlers start as soon as their call is
+        complete; cancelling the prediction cancels those that run, and leaves threads alone.
+
         Args:
-            text: What the user says.
-            tools: Schemas of tools instead of the session's.
+            text: What the user says; or messages, such as the results of calls.
+            tools: Tools instead of the session's: functions, `Tool`, or bare definitions with
+                "name", "description" and "parameters", whose calls are returned.
+            tool_choice: ``"auto"``, ``"none"``, ``"required"``, or the name of the tool to call;
+                once calls were answered the model is free.
+            max_rounds: How often the model is asked at most; the last time it has no tools. None
+                is no limit. ``max_tokens`` counts over all rounds.
+            parallel_tools: False carries out one call after the other, in order.
+            on_tool_error: ``"report"`` tells the model of a handler that failed; ``"raise"`` ends
+                the prediction with `ToolExecutionError`.
+            guard: Called with each `ToolCall` before it is carried out, one after the other: True
+                or None allows it, False or a reason denies it, a dict has other arguments. The
+                model is told of both.
             record: False leaves no trace in the history.
             on_message: Called with each message that enters the history, instead of the session's.
             **options: See `GenerationOptions`, laid over the session's.
 
         Raises:
-            TypeError: an option is unknown or has the wrong type.
-            ValueError: an option is out of range.
+            TypeError: an option or a tool is unknown or has the wrong type.
+            ValueError: an option is out of range, a tool's name is wrong or there twice, or there
+                is nothing to answer.
             ClosedError: the session, its context or its model was closed.
             RuntimeError: called outside of the session's event loop.
         """
-        said = (UserMessage(text),)
         check.check_bool("record", record)
+        use = check_tool_use(
+            self._settings.tools if tools is None else to_toolbox(tools),
+            tool_choice=tool_choice,
+            max_rounds=max_rounds,
+            parallel_tools=parallel_tools,
+            on_tool_error=on_tool_error,
+            guard=guard,
+        )
+        teller = _callback(on_message) or self._settings.on_message
+        several = isinstance(text, (list, tuple, Message, Mapping))
         request = self._request(
-            said, options, tools=tools, record=record, on_message=_callback(on_message)
+            said_by(text) if several else (UserMessage(text),),  # type: ignore[arg-type]
+            options,
+            tools=use,
+            record=record,
+            on_message=teller if record else None,
         )
         return self._launch(request)
 
@@ -398,6 +443,7 @@ class ChatSession:
         """
         checked = check.check_path("path", path)
         async with self._waiting() as state:
+            state.move_to(self._home)
             tokens = await self._window_tokens() if include_state else None
             await write_chat(self._home, state.key, checked, self._saved(), tokens)
 
@@ -407,6 +453,7 @@ class ChatSession:
         path: str | os.PathLike[str],
         target: Housing,
         *,
+        tools: Iterable[ToolLike] | None = None,
         on_message: OnMessage | None = None,
         **options: Unpack[GenerationKeywords],
     ) -> Opening[ChatSession]:
@@ -418,6 +465,7 @@ class ChatSession:
         Args:
             path: A file that `save` wrote, with the same model.
             target: The model, or a context or sequence of it, where the session goes on.
+            tools: Tools instead of those that were saved, which have lost their handlers.
             on_message: Called with each message that enters the history by a prompt.
             **options: Laid over those that were saved; see `GenerationOptions`.
 
@@ -426,27 +474,31 @@ class ChatSession:
             FileNotFoundError: there is no such file.
             ClosedError: model or context was closed.
         """
-        return Opening(cls._restored(check.check_path("path", path), target, on_message, options))
+        box = None if tools is None else to_toolbox(tools)
+        checked = check.check_path("path", path)
+        return Opening(cls._restored(checked, target, box, on_message, options))
 
     @classmethod
     async def _restored(
         cls,
         path: str,
         target: Housing,
+        tools: Toolbox | None,
         on_message: OnMessage | None,
         options: Mapping[str, Any],
     ) -> ChatSession:
         home = target._home()  # noqa: SLF001 -- for this
         saved, has_state = await read_chat(home, path)
         session = cls(
-            home,
+            target if isinstance(target, Moving) else home,
             history=History(saved.history, saved.window),
-            tools=saved.tools,
+            tools=saved.tools if tools is None else tools,
             chat_template=saved.template,
             template_kwargs=saved.template_kwargs,
             on_message=on_message,
             options=generation_options({"options": full_options(saved.options), **options}),
         )
+        session._state.move_to(home)
         if has_state:
             try:
                 await put_state_back(home, session._state.key, path)
@@ -462,7 +514,7 @@ class ChatSession:
             history=history.messages,
             window=history.window,
             options=plain_options(settings.options),
-            tools=tuple(dict(tool) for tool in settings.tools),
+            tools=tuple(dict(tool) for tool in settings.tools.definitions),
             template=None if own else settings.template,
             template_kwargs=dict(settings.template_kwargs),
         )
@@ -476,7 +528,7 @@ class ChatSession:
             self._home.model,
             settings.template,
             messages,
-            tools=settings.tools,
+            tools=settings.tools.definitions,
             add_generation_prompt=False,
             kwargs=settings.template_kwargs,
         )
@@ -515,7 +567,7 @@ class ChatSession:
         added: tuple[Message, ...],
         keywords: Mapping[str, Any],
         *,
-        tools: Iterable[Mapping[str, Any]] | None = None,
+        tools: ToolUse | None = None,
         on_message: OnMessage | None = None,
         **flags: bool,
     ) -> TurnRequest:
@@ -529,10 +581,10 @@ class ChatSession:
             options=options,
             template=settings.template,
             template_kwargs=settings.template_kwargs,
-            tools=settings.tools if tools is None else checked_tools(tools),
+            tools=ToolUse(tools=settings.tools) if tools is None else tools,
             strategy=check_overflow(options.overflow),
             room=room,
-            on_message=on_message or settings.on_message,
+            on_message=on_message,
             **flags,
         )
 
@@ -598,8 +650,9 @@ def respond_to(
     home: Home,
     messages: str | Iterable[MessageLike],
     *,
-    tools: Iterable[Mapping[str, Any]] | None,
+    tools: ToolUse,
     template_kwargs: Mapping[str, Any] | None,
+    on_message: OnMessage | None,
     keywords: Mapping[str, Any],
 ) -> Prediction:
     """Check the arguments and start a prediction that answers `messages`, without a session."""
@@ -609,19 +662,28 @@ def respond_to(
         options=options,
         template=home.template,
         template_kwargs=_kwargs(template_kwargs),
-        tools=checked_tools(tools),
+        tools=tools,
+        on_message=_callback(on_message),
         strategy=None if options.overflow is None else check_overflow(options.overflow),
         room=options.max_tokens,
     )
-    given = (UserMessage(messages),) if isinstance(messages, str) else to_messages(messages)
+    return respond(home, request, said_by(messages))
+
+
+def said_by(messages: str | MessageLike | Iterable[MessageLike]) -> tuple[Message, ...]:
+    """Return messages to answer: a text is a user's.
+
+    Raises:
+        TypeError: one is no message.
+        ValueError: there is none.
+    """
+    if isinstance(messages, str):
+        return (UserMessage(messages),)
+    single = isinstance(messages, (Message, Mapping))
+    given = to_messages([messages] if single else messages, name="messages")  # type: ignore[list-item, arg-type]
     if not given:
         raise ValueError("messages must not be empty: there is nothing to answer")
-    return respond(home, request, given)
-
-
-def checked_tools(tools: Iterable[Mapping[str, Any]] | None) -> tuple[Mapping[str, Any], ...]:
-    """Return schemas of tools in the form that templates expect; None is none."""
-    return () if tools is None else tuple(check_tool_definitions(tools))
+    return given
 
 
 def _beginning(system_prompt: str | None, history: Iterable[MessageLike] | History) -> History:

@@ -6,6 +6,9 @@ window, renders it off the loop, starts the prediction and waits for its end. Wh
 is computed beside the chat's state and put in place when the prediction has settled, before anybody
 who waits for it goes on; until then nothing has changed, so a failure has nothing to undo.
 
+With tools that have handlers a turn has rounds (`rounds.py`): when the model has stopped, its calls
+are carried out, which began as each was complete, and the prediction goes on with their results.
+
 The driver never holds the public handle: when that is dropped, the prediction is cancelled as
 everywhere, and the driver hears of it like anybody else.
 """
@@ -13,16 +16,19 @@ everywhere, and the driver hears of it like anybody else.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
+from llamactor.calls import ToolCall, read_call
 from llamactor.chat.history import History, leading_system
 from llamactor.chat.line import Line
 from llamactor.chat.messages import AssistantMessage, Message, UserMessage
+from llamactor.chat.rounds import Rounds
 from llamactor.chat.shift import (
     Chooser,
     CustomStrategy,
@@ -33,9 +39,17 @@ from llamactor.chat.shift import (
     native_overflow,
 )
 from llamactor.chat.template import ReasoningTags, RenderedChat, render_chat
+from llamactor.chat.tools import ToolCalls, ToolUse
 from llamactor.errors import DeadlineExceededError
 from llamactor.options import GenerationOptions, ReasoningMarks, native_options
-from llamactor.prediction import Deferred, Prediction, PredictionResult, defer_prediction
+from llamactor.prediction import (
+    Deferred,
+    Prediction,
+    PredictionResult,
+    RoundEnd,
+    RoundStart,
+    defer_prediction,
+)
 
 if TYPE_CHECKING:
     from llamactor import _core
@@ -137,8 +151,8 @@ class TurnRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Jinja text; None is the plain fallback."""
     template_kwargs: Mapping[str, Any]
     """Variables for the template."""
-    tools: tuple[Mapping[str, Any], ...] = ()
-    """Schemas of the tools that the template shows."""
+    tools: ToolUse
+    """What tools there are, and how they are used."""
     strategy: Strategy | CustomStrategy | None
     """What decides what goes when not all fits; None never drops anything."""
     room: int | None = None
@@ -192,11 +206,13 @@ class Turn:
         self._prefix = _prefix_tokens(home.model, options.response_prefix)
         self._begun = False
         self._ended = asyncio.Event()
+        self._gone = asyncio.Event()
         self._deadline: float | None = None
         self._task: asyncio.Task[None] | None = None
         self._deferred: Deferred
         self._pending = History()
         self._tokens: list[int] = []
+        self._rounds = Rounds(request.tools, options.max_tokens)
 
     def launch(self, owner: object) -> Prediction:
         """Take a place in the line and return the prediction; `owner` lives until it has ended."""
@@ -205,6 +221,7 @@ class Turn:
         prediction, self._deferred = defer_prediction(
             self._home.context, owner, options.max_pending, self._settled, options.schema
         )
+        self._deferred.on_result(self._completed)
         if options.deadline is not None:
             self._deadline = loop.time() + options.deadline
         self._place = state.line.join()
@@ -212,7 +229,7 @@ class Turn:
         task = loop.create_task(self._drive(), name="llamactor-chat")
         if not task.done():
             self._task = task
-        task.add_done_callback(self._gone)
+        task.add_done_callback(self._leave)
         return prediction
 
     def give_way(self) -> None:
@@ -221,35 +238,49 @@ class Turn:
             self._deferred.cancel()
 
     def close(self, error: BaseException) -> asyncio.Event:
-        """Fail with `error`; return what is set when that is done."""
+        """Fail with `error`; return what is set when nothing of it runs any more."""
+        self._fail(error)
+        return self._gone
+
+    def _fail(self, error: BaseException) -> None:
         self._deferred.fail(error)
         self._deferred.cancel()
-        return self._ended
 
     # --- the driver -------------------------------------------------------------------------------
 
     async def _drive(self) -> None:
         _driven.set(self._state)
         try:
-            async with asyncio.timeout_at(self._deadline) as limit:
+            async with self._in_time():
                 await self._place.reached()
                 self._state.move_to(self._home)
-                await self._begin()
-        except TimeoutError as error:
-            self._deferred.fail(_too_late(self._request.options) if limit.expired() else error)
+                await self._begin(self._state.history.added(*self._request.added))
+            while self._rounds.may_follow and not self._ended.is_set():
+                await self._round()
         except Exception as error:
-            self._deferred.fail(error)
+            self._fail(error)
         await self._ended.wait()
 
-    def _gone(self, _: asyncio.Task[None]) -> None:
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Raise when the deadline passes; while the model writes, the core does."""
+        try:
+            async with asyncio.timeout_at(self._deadline) as limit:
+                yield
+        except TimeoutError as error:
+            if limit.expired():
+                raise _too_late(self._request.options, begun=self._begun) from error
+            raise
+
+    def _leave(self, _: asyncio.Task[None]) -> None:
         """Let the next one have its turn; also when the task was cancelled before it ran."""
         self._task = None
         self._deferred.cancel()
         self._state.turns.discard(self)
         self._place.leave()
+        self._gone.set()
 
-    async def _begin(self) -> None:
-        wanted = self._state.history.added(*self._request.added)
+    async def _begin(self, wanted: History) -> None:
         history, prompt, dropped = await self._choose(wanted)
         tokens = prompt.rendered.tokens
         if self._request.until_text:
@@ -270,8 +301,9 @@ class Turn:
         if request.strategy is None:
             return history, await self._render(history.shown), 0
         chooser = Chooser(self._render, ModelTexts(self._home.model), self._home.context_size)
+        room = request.room if self._rounds.ended == 0 else self._rounds.left
         chosen = await chooser.choose(
-            request.strategy, history.messages, previous=history.window, answer=request.room
+            request.strategy, history.messages, previous=history.window, answer=room
         )
         return history.shifted(chosen.window), chosen.rendered, chosen.dropped
 
@@ -281,7 +313,8 @@ class Turn:
             self._home.model,
             request.template,
             messages,
-            tools=request.tools,
+            tools=self._rounds.definitions,
+            tool_choice=self._rounds.choice(messages),
             add_generation_prompt=not request.open_ended,
             open_ended=request.open_ended,
             kwargs=request.template_kwargs,
@@ -305,51 +338,142 @@ class Turn:
         messages: tuple[Message, ...],
         moved: list[tuple[int, int]],
     ) -> None:
-        native, state = self._native, self._state
+        state, options = self._state, self._options(rendered)
+        self._tokens = tokens
+        if self._rounds.may_follow:
+            self._deferred.tell(RoundStart(self._rounds.ended))
+        begun = self._deferred.start(
+            tokens,
+            options,
+            chat=state.key,
+            keep=_kept(messages, rendered.ends, self._native["overflow"]),
+            dropped=(state.cells, moved) if moved else None,
+            more=self._rounds.may_follow,
+        )
+        self._begun = self._begun or begun
+
+    def _options(self, rendered: RenderedChat) -> dict[str, Any]:
+        """How the core is to generate in this round."""
+        native = dict(self._native)
         native["stop"] = [*native["stop"], *rendered.stops]
         if not self._request.open_ended:
             native["reasoning"] = _marks(rendered.reasoning)
+        if rendered.calls is not None:
+            native["calls"] = rendered.calls.reader
+            native["constraint"] = _constraint(native["constraint"], rendered.calls.constraint)
+        if self._rounds.ended:
+            native["response_prefix"], native["max_tokens"] = None, self._rounds.left
         if self._deadline is not None:
             left = self._deadline - asyncio.get_running_loop().time()
             native["deadline"] = max(left, 0.001)  # the core says what it thinks of that
-        self._tokens = tokens
-        self._begun = self._deferred.start(
-            tokens,
-            native,
-            chat=state.key,
-            keep=_kept(messages, rendered.ends, native["overflow"]),
-            dropped=(state.cells, moved) if moved else None,
-        )
+        return native
+
+    # --- rounds -----------------------------------------------------------------------------------
+
+    async def _round(self) -> None:
+        """See a round to its end, have its calls carried out, and go on or conclude."""
+        calls = ToolCalls(self._request.tools, tell=self._deferred.tell, fail=self._fail)
+        try:
+            last = await self._heard(calls)
+            if last is not None:
+                async with self._in_time():
+                    await self._go_on(last, calls)
+        finally:
+            await calls.aclose()
+
+    async def _heard(self, calls: ToolCalls) -> PredictionResult | None:
+        """Start each call as it is complete; return the round, or None if it ended everything."""
+        news, deferred, rounds = asyncio.Event(), self._deferred, self._rounds
+
+        def look() -> None:
+            # There is news with every token that somebody reads.
+            if deferred.rounds > rounds.ended or deferred.calls(rounds.calls + len(calls.calls)):
+                news.set()
+
+        deferred.on_round(look)
+        while not self._ended.is_set():
+            news.clear()
+            is_over = deferred.rounds > rounds.ended
+            for call in deferred.calls(rounds.calls + len(calls.calls)):
+                calls.add(*read_call(*call))
+            if is_over and not deferred.done:
+                return deferred.last_round()
+            await news.wait()
+        return None
+
+    async def _go_on(self, last: PredictionResult, calls: ToolCalls) -> None:
+        rounds = self._rounds
+        self._deferred.tell(RoundEnd(rounds.ended))
+        self._hold(last)
+        rounds.end(last, self._answer(last, calls.calls))
+        self._prefix = []
+        added = rounds.settle(await calls.messages())
+        self._pending = self._pending.added(*added)
+        goes_on, reason = rounds.verdict(last, calls)
+        if not goes_on:
+            self._deferred.conclude(reason)
+            await self._ended.wait()
+            return
+        self._native["seed"] = last.seed
+        await self._begin(self._pending)
+
+    def _hold(self, last: PredictionResult) -> None:
+        """Take note of what the cells hold after a round."""
+        self._state.cells = self._tokens + self._prefix + last.tokens
 
     # --- the end ----------------------------------------------------------------------------------
+
+    def _completed(self, result: PredictionResult) -> PredictionResult:
+        """Add to the result what the chat gains, as far as it is whole; on whatever thread."""
+        if self._request.yields:
+            return result
+        ended = self._deferred.rounds
+        last = self._deferred.last_round() if ended > self._rounds.ended else None
+        ending = None if last is None else self._ending(last)
+        said = self._rounds.said(ending, result.stop_reason)
+        return msgspec.structs.replace(
+            result,
+            rounds=max(ended, 1),
+            messages=tuple(said),
+            # That calls are kept to a form is nobody's wish.
+            completed=result.completed or self._native["constraint"] is None,
+        )
+
+    def _ending(self, last: PredictionResult) -> AssistantMessage | None:
+        """What the last round has said; None for nothing, which a cut call is too."""
+        if last.stop_reason not in (None, "cancelled"):
+            return self._answer(last, last.tool_calls)
+        only_calls = self._rounds.definitions and not (last.content or last.reasoning)
+        return None if only_calls or not last.tokens else self._answer(last, ())
 
     def _settled(self, result: PredictionResult, error: BaseException | None) -> None:
         """Take over what the turn has changed; on the loop, before anybody hears of the end."""
         self._ended.set()
-        state = self._state
+        if self._task is not None:
+            # It may wait for its place, for a template or for handlers.
+            self._task.cancel()
         if not self._begun:
-            if self._task is not None:
-                self._task.cancel()
             return
+        state = self._state
         state.usage = state.usage.plus(result)
-        state.cells = self._tokens + self._prefix + result.tokens
-        if error is None and self._is_recorded(result):
-            self._record(result)
+        if self._deferred.rounds > self._rounds.ended:
+            self._hold(self._deferred.last_round() or result)
+        if error is None and result.messages:
+            self._take_over(result.messages)
 
-    def _is_recorded(self, result: PredictionResult) -> bool:
-        """Whether it enters the history: a cancelled one only if anything was generated."""
-        produced = result.stop_reason != "cancelled" or bool(result.tokens)
-        return self._request.record and produced
-
-    def _record(self, result: PredictionResult) -> None:
-        answer = self._answer(result)
-        self._state.history = self._pending.added(answer)
-        for message in (*self._request.added, answer):
+    def _take_over(self, said: tuple[Message, ...]) -> None:
+        if self._request.record:
+            self._state.history = self._pending.added(*said[len(self._rounds.made) :])
+        for message in (*self._request.added, *said):
             self._tell(message)
 
-    def _answer(self, result: PredictionResult) -> AssistantMessage:
+    def _answer(self, result: PredictionResult, calls: tuple[ToolCall, ...]) -> AssistantMessage:
+        """What a round has said, with the ids of the whole turn where they are known."""
         tokens = [*self._prefix, *result.tokens]
         start = len(self._prefix) + result.content_start if result.segments else 0
+        if calls:
+            # Where the template writes calls as the model has, the ids are found again.
+            return AssistantMessage(result.content, result.reasoning, calls, tuple(tokens), start)
         content = self._content_tokens(tokens[start:], result)
         if content is None:
             return AssistantMessage(result.content, result.reasoning)
@@ -361,9 +485,9 @@ class Turn:
         model = self._home.model
         if result.stop_string is not None or self._request.options.trim_trailing_whitespace:
             return cut_tokens(model, tokens, result.content)
-        if not result.segments:
+        if not result.segments and not self._rounds.definitions:
             return tokens
-        # Reasoning may have come in the middle, or after a response prefix.
+        # Reasoning or a part of a call may have come in the middle, or after a response prefix.
         shown = model.detokenize(tokens, special=False)
         return tokens if shown.strip() == result.content.strip() else None
 
@@ -382,7 +506,7 @@ def require_outside(state: ChatState) -> None:
     """Raise `RuntimeError` for code that a turn of this chat waits for: it would wait for ever."""
     if _driven.get() is state:
         raise RuntimeError(
-            "a context shift strategy cannot use the session that waits for it; "
+            "a context shift strategy or a tool cannot use the session that waits for it; "
             "model.respond works, and so does a session of its own"
         )
 
@@ -414,6 +538,17 @@ def respond(home: Home, request: TurnRequest, messages: tuple[Message, ...]) -> 
     return Turn(home, ChatState(History(messages), 0), request).launch(home.owner)
 
 
+def _constraint(
+    wished: dict[str, Any] | None, of_calls: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """What an answer must obey that may call tools, and else be what is wished for."""
+    if wished is None or of_calls is None:
+        return wished or of_calls
+    if of_calls["kind"] != "lazy":
+        return of_calls  # the call comes first
+    return {"kind": "any", "of": [of_calls["of"], wished]}
+
+
 def _marks(tags: ReasoningTags | None) -> ReasoningMarks | None:
     """The tags with what closes a thought whose budget is used up, as templates write it."""
     if tags is None:
@@ -435,8 +570,10 @@ def _kept(messages: tuple[Message, ...], ends: list[int], overflow: str | None) 
     return ends[n - 1] if n else 0
 
 
-def _too_late(options: GenerationOptions) -> DeadlineExceededError:
-    return DeadlineExceededError(
-        f"the deadline of {options.deadline} s passed before the prediction could begin; "
-        "those made before it on this chat took that long"
+def _too_late(options: GenerationOptions, *, begun: bool) -> DeadlineExceededError:
+    reason = (
+        "while tools were carried out"
+        if begun
+        else "before the prediction could begin; those made before it on this chat took that long"
     )
+    return DeadlineExceededError(f"the deadline of {options.deadline} s passed {reason}")

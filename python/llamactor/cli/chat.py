@@ -21,6 +21,7 @@ from llamactor.cli.flags import (
     LoadFlags,
     Preset,
     Reference,
+    ShapeFlags,
     Stats,
     Text,
     variable,
@@ -125,6 +126,7 @@ def chat(
     *,
     conversation: ConversationFlags = ConversationFlags(),
     preset: Preset = None,
+    shape: ShapeFlags = ShapeFlags(),  # noqa: B008 -- frozen
     answer: ChatFlags = ChatFlags(),  # noqa: B008 -- frozen
     loading: LoadFlags = LoadFlags(),  # noqa: B008 -- frozen
     stats: Stats = False,
@@ -150,7 +152,7 @@ def chat(
         wanted=Wanted(
             model=ref,
             loading=loading.keywords(**more),
-            generation=answer.keywords(),
+            generation=answer.keywords(**shape.keywords()),
             preset=preset,
         ),
         system_prompt=conversation.system_prompt(),

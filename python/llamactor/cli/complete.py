@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 from cyclopts import Parameter
 
-from llamactor.cli.flags import ANSWER, REFERENCE, CompletionFlags, LoadFlags, Preset, Stats
+from llamactor.cli.flags import (
+    ANSWER,
+    REFERENCE,
+    CompletionFlags,
+    LoadFlags,
+    Preset,
+    ShapeFlags,
+    Stats,
+)
 from llamactor.cli.terminal import STDIN, Work, read_all, say, statistics, write
 from llamactor.cli.using import Wanted, using
 from llamactor.store.refs import DEFAULT_MODEL
@@ -48,6 +56,7 @@ def complete(
         ),
     ] = False,
     preset: Preset = None,
+    shape: ShapeFlags = ShapeFlags(),  # noqa: B008 -- frozen
     answer: CompletionFlags = CompletionFlags(),  # noqa: B008 -- frozen
     loading: LoadFlags = LoadFlags(),  # noqa: B008 -- frozen
     stats: Stats = False,
@@ -64,7 +73,9 @@ def complete(
         wanted=Wanted(
             model=model,
             loading=loading.keywords(),
-            generation=answer.keywords(**({"special": False} if no_special else {})),
+            generation=answer.keywords(
+                **shape.keywords(), **({"special": False} if no_special else {})
+            ),
             preset=preset,
         ),
         prompt=None if prompt == "-" else prompt,

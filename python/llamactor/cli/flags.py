@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
 
 from cyclopts import Group, Parameter
 
 from llamactor.cli.completing import complete_preset, complete_reference, complete_stored
+from llamactor.grammar import Grammar
 from llamactor.options import (
     GenerationKeywords,
     LoadKeywords,
@@ -160,6 +162,52 @@ class AnswerFlags:
         options = _given(self) | more
         generation_options(options)
         return cast("GenerationKeywords", options)
+
+
+@Parameter(name="*", group=ANSWER, negative=(), show_default=False)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShapeFlags:
+    """What an answer may be; one of them at most."""
+
+    schema: Path | None = None
+    """The answer is JSON that fits the JSON Schema in this file."""
+    regex: Text = None
+    """The answer matches this regular expression."""
+    grammar: Annotated[str | None, Parameter(metavar="PATH|NAME")] = None
+    """The answer fits the grammar in this file, .lark or GBNF, or one of those built in: json,
+    json_array, list, arithmetic, chess, english, japanese."""
+
+    def keywords(self) -> dict[str, Any]:
+        """Return what was given, as options of a prediction.
+
+        Raises:
+            ValueError: a file is not what it should be.
+            OSError: it cannot be read.
+        """
+        options: dict[str, Any] = {}
+        if self.schema is not None:
+            options["schema"] = _json_file(self.schema)
+        if self.regex is not None:
+            options["regex"] = self.regex
+        if self.grammar is not None:
+            options["grammar"] = _grammar(self.grammar)
+        return options
+
+
+def _json_file(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+
+
+def _grammar(place: str) -> Grammar:
+    """Return the grammar of a file, or the one built in that has this name."""
+    path = Path(place)
+    if not path.suffix and not path.exists():
+        return Grammar.builtin(place)
+    text = path.read_text(encoding="utf-8")
+    return Grammar.lark(text) if path.suffix == ".lark" else Grammar.gbnf(text)
 
 
 @Parameter(name="*", group=ANSWER, negative=(), show_default=False)

@@ -11,7 +11,8 @@ from cyclopts import Parameter
 
 from llamactor.cli.flags import OUTPUT, Json, LoadFlags, Preset, Reference
 from llamactor.cli.tables import counted, show_json, show_table, show_values, size
-from llamactor.cli.terminal import Status, Work, write
+from llamactor.cli.terminal import Status, Work, complain, write
+from llamactor.errors import ModelLoadError, UnsupportedError
 from llamactor.runtime import MemoryPlan, Runtime
 from llamactor.store import ModelStore
 from llamactor.store.refs import DEFAULT_MODEL
@@ -60,11 +61,12 @@ def info(
         if only is not None:
             _show_part(header, only, json=json)
             return Status.DONE
+        if not json:
+            _show(header)
         plan = await _planned(header, ref, preset, options)
         if json:
             show_json(_described(header) | {"memory": plan and _plan_described(plan)})
-        else:
-            _show(header)
+        elif plan is not None:
             _show_plan(plan)
         return Status.DONE
 
@@ -112,20 +114,25 @@ def _show(header: ModelHeader) -> None:
 async def _planned(
     header: ModelHeader, ref: str, preset: str | None, options: LoadKeywords
 ) -> MemoryPlan | None:
-    """Return what loading it would take; None while its file is elsewhere."""
+    """Return what loading it would take; None if it is elsewhere, or cannot be loaded.
+
+    Cancelling this leaves nothing behind.
+    """
     if not await asyncio.to_thread(Path(header.source).is_file):
         return None
     async with Runtime() as runtime:
-        return await runtime.estimate(ref, preset=preset, **options)
+        try:
+            return await runtime.estimate(ref, preset=preset, **options)
+        except (ModelLoadError, UnsupportedError) as error:
+            complain(error)
+            return None
 
 
 def _plan_described(plan: MemoryPlan) -> dict[str, object]:
     return msgspec.structs.asdict(plan) | {"total_bytes": plan.total_bytes}
 
 
-def _show_plan(plan: MemoryPlan | None) -> None:
-    if plan is None:
-        return
+def _show_plan(plan: MemoryPlan) -> None:
     rows = [
         (device, *map(size, (take.weights, take.cache, take.compute, take.overhead, take.total)))
         for device, take in plan.per_device.items()

@@ -70,7 +70,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except WrongArgumentsError as error:
         complain(error)
         return Status.WRONG_ARGUMENTS
-    except (LlamactorError, OSError, ValueError) as error:
+    except (LlamactorError, OSError, TypeError, ValueError) as error:
         complain(error)
         return Status.NOT_FOUND if isinstance(error, NOT_FOUND) else Status.FAILED
 

@@ -263,10 +263,12 @@ class RuntimeCore:
 
     def _arm(self, resident: Resident) -> None:
         """Look again when its time to live may be over."""
+        loop = self._loop
         if resident.ttl is None or resident.busy or resident.leaving or resident in self._timers:
             return
-        due = resident.idle_since + resident.ttl
-        self._timers[resident] = self.bind_loop().call_at(due, self._expire, resident)
+        if loop is not None and not loop.is_closed():  # what runs on other loops may outlive it
+            due = resident.idle_since + resident.ttl
+            self._timers[resident] = loop.call_at(due, self._expire, resident)
 
     def _expire(self, resident: Resident) -> None:
         self._timers.pop(resident, None)
@@ -307,9 +309,11 @@ class RuntimeCore:
                 await self.change()
         finally:
             # Also when the loop is being shut down: the weights must go.
-            await resident.model.aclose()
-            self.residents.gone(resident)
-            self.changed()
+            try:
+                await resident.model.aclose()
+            finally:
+                self.residents.gone(resident)
+                self.changed()
         work = resident.model._work  # noqa: SLF001 -- for this
         await self._note(resident.ref, uses=0, tokens=work.predicted_tokens)
 
@@ -318,20 +322,20 @@ class RuntimeCore:
         with contextlib.suppress(StoreError, BusyError, OSError):
             await self.store.note_use(ref, uses=uses, tokens=tokens)
 
-    async def aclose(self) -> None:
-        """Stop everything and close every model."""
+    def close(self) -> None:
+        """Let every model close, whatever runs there."""
         for resident in self.residents:
             _ = self.begin_unloading(resident, drain=False)
-        self.closed = True
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
-        tasks = list(self._tasks)
-        for resident in self.residents.all:
-            await resident.model.aclose()
-        self.changed()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self.changed()
+        self.closed = True
+        self.changed()  # those that drain need not wait any longer
+
+    async def ended(self) -> None:
+        """Wait until everything that was started has ended; cancelling stops the waiting only."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
 
 def insufficient(plan: MemoryPlan, limit: float | int | None) -> InsufficientMemoryError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,13 +216,18 @@ async def _largest(outline: Outline, context: ContextOptions, most: int, fits: F
     least, above = LEAST_CONTEXT // STEP, -(-most // STEP)
     if least >= above or not await good(least * STEP):
         return None
+    return STEP * await _last(least, above, lambda steps: good(steps * STEP))
+
+
+async def _last(least: int, above: int, good: Callable[[int], Awaitable[bool]]) -> int:
+    """Return the greatest good number below `above`; `least` is good, and none behind a bad one."""
     while above - least > 1:
         middle = (least + above) // 2
-        if await good(middle * STEP):
+        if await good(middle):
             least = middle
         else:
             above = middle
-    return least * STEP
+    return least
 
 
 async def _is_possible(outline: Outline, context: ContextOptions, size: int, fits: Fits) -> bool:
@@ -236,18 +241,13 @@ async def _with_layers(wanted: Wanted, fits: Fits) -> Wanted:
     """Return it with as many layers on devices as fit, if that is left to choose."""
     if wanted.load.gpu_layers != "auto" or not await asyncio.to_thread(_has_devices):
         return wanted
+
+    async def good(layers: int) -> bool:
+        usages, _ = await _measured(_replaced(wanted, layers))
+        return fits(usages)
+
     usages, total = await _measured(wanted)
-    if fits(usages):
-        return wanted
-    least, above = 0, total + 1
-    while above - least > 1:
-        middle = (least + above) // 2
-        usages, _ = await _measured(_replaced(wanted, middle))
-        if fits(usages):
-            least = middle
-        else:
-            above = middle
-    return _replaced(wanted, least)
+    return wanted if fits(usages) else _replaced(wanted, await _last(0, total + 1, good))
 
 
 async def _measured(wanted: Wanted) -> tuple[dict[str, DeviceUsage], int]:

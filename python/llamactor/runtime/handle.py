@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from llamactor._home import Home
     from llamactor._opening import Opening
     from llamactor.chat.messages import MessageLike
+    from llamactor.chat.tools import ToolKeywords, ToolLike
     from llamactor.chat.turn import OnMessage
     from llamactor.context import Context
     from llamactor.model import Model, ModelInfo, SpecialTokens
@@ -110,17 +111,18 @@ class ModelHandle:
         self,
         messages: str | Iterable[MessageLike],
         *,
-        tools: Iterable[Mapping[str, Any]] | None = None,
+        tools: Iterable[ToolLike] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-        **options: Unpack[GenerationKeywords],
+        **options: Unpack[ToolKeywords],
     ) -> Prediction:
         """Start a prediction that answers a chat: `Model.respond`, cancelled like that.
 
         Args:
             messages: The whole chat, messages or dicts, or the text of one user's message.
-            tools: Schemas of tools that the template shows to the model.
+            tools: Tools that the model may call.
             template_kwargs: Variables for the template.
-            **options: See `GenerationOptions`, laid over the model's own.
+            **options: How tools are used, as with `Model.respond`; and see `GenerationOptions`,
+                laid over the model's own.
 
         Raises:
             TypeError: an option is unknown or has the wrong type, or a message has.
@@ -136,12 +138,43 @@ class ModelHandle:
             **_laid_over(resident, options),
         )
 
+    def act(
+        self,
+        messages: str | Iterable[MessageLike],
+        tools: Iterable[ToolLike],
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[ToolKeywords],
+    ) -> Prediction:
+        """Start a prediction that answers with the help of tools: `Model.act`, cancelled like that.
+
+        Args:
+            messages: The whole chat, messages or dicts, or the text of one user's message.
+            tools: Functions, `Tool`, or bare definitions, whose calls end it.
+            template_kwargs: Variables for the template.
+            **options: How tools are used, as with `Model.act`; and see `GenerationOptions`, laid
+                over the model's own.
+
+        Raises:
+            TypeError: an option is unknown or has the wrong type, or a message or tool has.
+            ValueError: an option, a message or a tool is wrong, or there is none.
+            UnsupportedError: the model cannot generate.
+            ModelNotLoadedError: no loaded model satisfies the query.
+        """
+        resident = self._resident()
+        return resident.model.act(
+            messages,
+            tools,
+            template_kwargs=template_kwargs,
+            **_laid_over(resident, options),
+        )
+
     def chat(
         self,
         *,
         system_prompt: str | None = None,
         history: Iterable[MessageLike] = (),
-        tools: Iterable[Mapping[str, Any]] | None = None,
+        tools: Iterable[ToolLike] | None = None,
         chat_template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         on_message: OnMessage | None = None,
@@ -155,7 +188,7 @@ class ModelHandle:
         Args:
             system_prompt: What the model is told first; None leaves that to the template.
             history: Messages to begin with, after `system_prompt`.
-            tools: Schemas of tools that the template shows to the model.
+            tools: Tools that the model may call, unless a prompt has its own.
             chat_template: Jinja text instead of the model's own template.
             template_kwargs: Variables for the template, such as ``{"enable_thinking": False}``.
             on_message: Called with each message that enters the history by a prompt.

@@ -163,6 +163,8 @@ class Job:
         self.done = True
         for callback in self._callbacks:
             callback()
+        if not self.shares:  # the last one left when there was nothing to stop any more
+            self.stop()
         self.changed()
 
     async def _load(self) -> Resident:
@@ -234,8 +236,10 @@ def _measured(model: Model, planned: Usages) -> dict[str, Any]:
     host = usages.get(HOST)
     if host is None:
         return dict(planned)
-    overhead = planned[HOST].overhead
-    return usages | {HOST: msgspec.structs.replace(host, overhead=overhead)}
+    before = planned[HOST]
+    weights = max(host.weights, before.weights)  # adapters have buffers of their own
+    whole = msgspec.structs.replace(host, weights=weights, overhead=before.overhead)
+    return usages | {HOST: whole}
 
 
 class Share:

@@ -289,7 +289,7 @@ class Runtime:
                 LoadingModel(job.request.ref, job.identifier, job.progress) for job in self._jobs
             ),
             memory_bytes=core.planned_bytes,
-            closed=core.closed,
+            closed=core.closed and not core.residents.all and not self._jobs,
         )
 
     @property
@@ -348,12 +348,13 @@ class Runtime:
     async def aclose(self) -> None:
         """Stop all loads and close all models; idempotent. What runs fails with `ClosedError`.
 
-        Cancelling this leaves the rest to the tasks that it has started.
+        Cancelling this does not stop the closing, only the waiting for it.
         """
         if not self._core.closed:
             for job in list(self._jobs):
                 job.stop()
-            await self._core.aclose()
+            self._core.close()
+        await self._core.ended()
 
     async def __aenter__(self) -> Runtime:
         """Return itself, bound to this event loop; never suspends."""

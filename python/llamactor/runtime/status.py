@@ -36,7 +36,7 @@ class RuntimeStatus(msgspec.Struct, frozen=True):
     memory_bytes: int
     """What is in use by models, or promised to loads."""
     closed: bool
-    """Whether the runtime was closed: the last snapshot."""
+    """Whether the runtime was closed and everything has gone: the last snapshot."""
 
 
 class StatusIterator(AsyncIterator[RuntimeStatus]):

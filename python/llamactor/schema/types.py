@@ -164,26 +164,27 @@ class _Writer:
         return self.row(list(node.item_types), len(node.item_types), where)
 
     def mapping(self, node: info.DictType, where: str) -> Json:
-        schema: Json = {
-            "type": "object",
-            "additionalProperties": self.schema(node.value_type, f"{where}[...]"),
-        }
-        names = self._key(node.key_type, where)
-        if names not in ({}, _TEXT):
-            schema["propertyNames"] = names
+        values = self.schema(node.value_type, f"{where}[...]")
+        names = _names(node.key_type)
+        if names:
+            closed = dict.fromkeys(names, values)
+            schema = {"type": "object", "properties": closed, "additionalProperties": False}
+        else:
+            schema = {"type": "object", "additionalProperties": values}
+            schema |= self._keys(node.key_type, f"{where} keys")
         return _with_limits(schema, node, "Properties")
 
+    def _keys(self, node: info.Type, where: str) -> Json:
+        """What keys may be, which are texts whatever they stand for."""
+        schema = self._key(node, where)
+        return {} if schema in ({}, _TEXT) else {"propertyNames": schema}
+
     def _key(self, node: info.Type, where: str) -> Json:
-        """The schema of keys, which are texts whatever they stand for."""
-        if isinstance(node, info.EnumType):
-            return {"enum": [str(member.value) for member in node.cls]}
-        schema = self.schema(node, f"{where} keys")
-        if "enum" in schema:
-            return {"enum": [str(value) for value in schema["enum"]]}
+        schema = self.schema(node, where)
         if schema.get("type") == "integer" and len(schema) == 1:
             return {"pattern": "^(0|-?[1-9][0-9]{0,14})$"}
         if schema and schema.get("type") != "string":
-            raise UnsupportedTypeError(getattr(node, "cls", type(node)), f"{where} keys")
+            raise UnsupportedTypeError(getattr(node, "cls", type(node)), where)
         return schema
 
     def record(self, node: Any, where: str) -> Json:
@@ -300,6 +301,13 @@ def _with_limits(schema: Json, node: info.Type, of: str = "Length") -> Json:
 def _zoned(name: str, naive: str, tz: bool | None) -> Json:  # noqa: FBT001 -- msgspec's own value
     """A time of day or date with one: with a zone unless the type forbids it."""
     return {**_TEXT, "pattern": naive} if tz is False else {**_TEXT, "format": name}
+
+
+def _names(node: info.Type) -> list[str]:
+    """All keys of a type that lists them."""
+    if isinstance(node, info.EnumType):
+        return [str(member.value) for member in node.cls]
+    return [str(value) for value in node.values] if isinstance(node, info.LiteralType) else []
 
 
 def _enumeration(cls: type[enum.Enum]) -> Json:

@@ -76,10 +76,10 @@ def add(folder: Path, model: StoredModel, name: str | None) -> StoredModel:
     """Record a model and return its record: the one that its path already has, if any.
 
     Without `name` the record's own is taken, with a number behind it where it belongs to another.
+    Raises `VanishedError` if its files were in the store, and another process has removed them.
 
     Raises:
         ValueError: `name` belongs to another model, or the path is recorded under another name.
-        VanishedError: Its files were in the store, and another process has removed them.
     """
 
     def work(connection: sqlite3.Connection) -> StoredModel:

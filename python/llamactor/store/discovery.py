@@ -5,6 +5,7 @@ Everything here blocks on the file system, and reads names only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,6 +20,11 @@ from llamactor.store.refs import DEFAULT_MODEL, DEFAULT_PACKAGE, is_model_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+LM_STUDIO_FOLDERS = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
+"""Where LM Studio keeps models, unless it was told otherwise: now, and before 0.3."""
+OLLAMA_FOLDERS = ("~/.ollama/models", "/usr/share/ollama/.ollama/models")
+"""Where Ollama keeps models: a user's own, and those of the service on Linux."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _OLLAMA_MODEL = "application/vnd.ollama.image.model"
@@ -40,10 +46,18 @@ class Found(msgspec.Struct, frozen=True):
 def discover() -> Iterator[Found]:
     """Yield what is in the default model's package and in the folders of other programs."""
     yield from _default_package()
-    yield from _hugging_face(_hub_cache())
-    for folder in (Path("~/.lmstudio/models"), Path("~/.cache/lm-studio/models")):
-        yield from _lm_studio(folder.expanduser())
-    yield from _ollama(Path(os.environ.get("OLLAMA_MODELS") or "~/.ollama/models").expanduser())
+    yield from _readable(_hugging_face(_hub_cache()))
+    for folder in LM_STUDIO_FOLDERS:
+        yield from _readable(_lm_studio(Path(folder).expanduser()))
+    own = os.environ.get("OLLAMA_MODELS")
+    for folder in (own,) if own else OLLAMA_FOLDERS:
+        yield from _readable(_ollama(Path(folder).expanduser()))
+
+
+def _readable(found: Iterator[Found]) -> Iterator[Found]:
+    """Yield what can be read: a folder of another user is nothing that was found."""
+    with contextlib.suppress(OSError):
+        yield from found
 
 
 def _default_package() -> Iterator[Found]:
@@ -73,7 +87,9 @@ def _hugging_face(cache: Path) -> Iterator[Found]:
                 if is_model_name(path.name) and path.is_file():
                     newest[path.relative_to(snapshot).as_posix()] = path
         for inside, path in sorted(newest.items()):
-            blob = path.resolve().name
+            # One step only: the blob may lead on to one that several caches share, and that has
+            # another kind of hash for a name.
+            blob = path.readlink().name if path.is_symlink() else ""
             checksum = blob if _SHA256.fullmatch(blob) else None
             yield Found(path, f"hf:{repo}/{inside}", sha256=checksum)
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from llamactor.errors import ModelLoadError
+from llamactor.errors import ModelLoadError, ModelNotFoundError
 from llamactor.store.header import read_header
 from llamactor.store.records import DownloadProgress, ModelFile
 
@@ -99,6 +99,7 @@ def copy_in(
     """
     with _temporary(folder) as name:
         copies = [_copy(path, Path(name), stop, reporter) for path in paths]
+        stop.check()
         content = "".join(str(copy.sha256) for copy in copies)
         place = folder / hashlib.sha256(content.encode()).hexdigest()[:16]
         try:
@@ -140,13 +141,16 @@ def examine(
             return f"{file.path} has {size} bytes, {file.size_bytes} are recorded", model.files
     try:
         header = read_header(model.path)
-    except ModelLoadError as error:
+    except (ModelLoadError, ModelNotFoundError) as error:
         return str(error), model.files
     for field in ("architecture", "quantization", "train_context_size", "parameters"):
         found, recorded = getattr(header, field), getattr(model, field)
         if found != recorded:
             return f"{model.path} has {field} {found!r}, {recorded!r} is recorded", model.files
-    found_files = checksums([file.path for file in model.files], stop, reporter)
+    try:
+        found_files = checksums([file.path for file in model.files], stop, reporter)
+    except FileNotFoundError as error:  # removed just now
+        return f"{error.filename} is missing", model.files
     for file, known in zip(found_files, model.files, strict=True):
         if known.sha256 is not None and file.sha256 != known.sha256:
             return f"{file.path} has SHA-256 {file.sha256}, not {known.sha256}", model.files

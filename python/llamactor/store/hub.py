@@ -16,7 +16,7 @@ from llamactor import _core
 from llamactor.errors import DownloadError, ModelNotFoundError, UnsupportedError
 from llamactor.store.header import ModelHeader, header_of
 from llamactor.store.refs import HubRef, is_model_name, part_names, quantization_in, rank
-from llamactor.store.transfer import ASKING_RETRIES, TIMEOUT, Partial, Patience, Source, translated
+from llamactor.store.transfer import ASKING_RETRIES, Partial, Patience, Source, translated
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,14 +97,14 @@ def find(ref: HubRef, stop: Stop) -> HubModel:
         DownloadError: The hub cannot be reached or refuses.
     """
     with translated(str(ref)):
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
 
-        api = HfApi(library_name="llamactor")
+        api, timeout = HfApi(library_name="llamactor"), constants.DEFAULT_REQUEST_TIMEOUT
         patience = Patience(str(ref), ASKING_RETRIES)
         while True:
             try:
                 info = api.model_info(
-                    ref.repo, revision=ref.revision, files_metadata=True, timeout=TIMEOUT
+                    ref.repo, revision=ref.revision, files_metadata=True, timeout=timeout
                 )
             except Exception as error:
                 stop.wait(patience.after(error))
@@ -119,7 +119,7 @@ def _described(ref: HubRef, info: ModelInfo) -> HubModel:
         )
         for file in info.siblings or ()
     }
-    name = _choose(ref, list(files))
+    name = _choose(ref, [name for name in files if _is_inside(name)])
     folder, slash, base = name.rpartition("/")
     parts = [folder + slash + part for part in part_names(base)]
     missing = [part for part in parts if part not in files]
@@ -132,6 +132,11 @@ def _described(ref: HubRef, info: ModelInfo) -> HubModel:
         tuple(files[part] for part in parts),
         said if isinstance(said, str) else None,
     )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a path in a repository stays inside the folder that it is put into."""
+    return not name.startswith("/") and ".." not in name.split("/")
 
 
 def _choose(ref: HubRef, names: list[str]) -> str:

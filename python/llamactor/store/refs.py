@@ -74,7 +74,7 @@ def parse_hub(ref: str) -> HubRef:
         ModelNotFoundError: It is none.
     """
     found = _HUB.fullmatch(ref.removeprefix("hf:").removeprefix("//"))
-    if found is None:
+    if found is None or ".." in found["repo"]:
         raise ModelNotFoundError(
             f"{ref!r} names no model of a hub: owner and repository are needed; {UNDERSTOOD}"
         )

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
-import platformdirs
 
 from llamactor import _checks as check
 from llamactor import _core
@@ -209,7 +208,7 @@ class ModelStore:
         """Record a file, after every check that loading it would make, and return its record.
 
         The file is read to its end for its checksum. What is recorded already is looked at anew.
-        Cancelling records nothing and leaves no copy.
+        Cancelling records nothing and leaves no copy, unless it comes after the last byte.
 
         Args:
             path: A ``.gguf``; the first part of a split model, whose parts are recorded with it.
@@ -419,7 +418,10 @@ class ModelStore:
             models = database.all_models(self._folder) if name is None else [self._named(name)]
             total = sum(model.size_bytes for model in models)
             reporter = files.Reporter(loop, progress, total)
-            return [self._verify(model, stop, reporter) for model in models]
+            found = [self._verify(model, stop, reporter) for model in models]
+            if name is not None and None in found:
+                self._named(name)  # says what there is instead
+            return [verification for verification in found if verification is not None]
 
         return await off_loop(work)
 
@@ -582,23 +584,37 @@ class ModelStore:
         if not database.change(self._folder, name, edit):
             self._named(name)  # says what there is instead
 
-    def _verify(self, model: StoredModel, stop: Stop, reporter: files.Reporter) -> Verification:
-        problem, found = files.examine(model, stop, reporter)
+    def _verify(
+        self, model: StoredModel, stop: Stop, reporter: files.Reporter
+    ) -> Verification | None:
+        """Verify a model and note what was found; None if it was removed meanwhile."""
+        looked_at: list[StoredModel] = []
 
         def note(current: StoredModel) -> StoredModel:
-            if [file.path for file in current.files] != [file.path for file in model.files]:
-                return current  # it has become another while its bytes were read
+            looked_at[:] = [current]
+            if not _is_same(current, model):
+                return current
             return msgspec.structs.replace(current, quarantined=problem, files=found)
 
-        database.change(self._folder, model.name, note)
-        return Verification(model.name, problem)
+        while True:
+            problem, found = files.examine(model, stop, reporter)
+            if not database.change(self._folder, model.name, note):
+                return None
+            if _is_same(looked_at[0], model):
+                return Verification(model.name, problem)
+            model = looked_at[0]  # it has become another while its bytes were read
+
+
+def _is_same(first: StoredModel, second: StoredModel) -> bool:
+    """Whether two records are of the same files at the same time."""
+    return (first.created, first.files) == (second.created, second.files)
 
 
 def default_folder() -> Path:
     """Return the folder that a store uses when none is named."""
     named = os.environ.get(FOLDER_VARIABLE)
-    return (
-        Path(named)
-        if named
-        else platformdirs.user_data_path("llamactor", appauthor=False) / "models"
-    )
+    if named:
+        return Path(named)
+    import platformdirs  # here, since most programs never use it
+
+    return platformdirs.user_data_path("llamactor", appauthor=False) / "models"

@@ -41,8 +41,6 @@ ASKING_RETRIES: Final = 2
 """The same of a question; without a network the answer should not take long."""
 FIRST_WAIT = 0.5
 """Seconds before the first of them; each further wait is twice as long."""
-TIMEOUT: Final = 30.0
-"""Seconds without a byte after which a connection counts as lost."""
 _PASSING: Final = frozenset((408, 425, 429, 500, 502, 503, 504))
 """Statuses that may be others in a moment."""
 _LOCK_INTERVAL: Final = 0.1
@@ -195,13 +193,14 @@ class Source(msgspec.Struct, frozen=True):
     async def _request(
         self, client: httpx2.AsyncClient, first: int, last: int | None = None
     ) -> AsyncIterator[httpx2.Response]:
-        from huggingface_hub import hf_raise_for_status
+        from huggingface_hub import constants, hf_raise_for_status
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         headers = build_hf_headers(library_name="llamactor") | {"Accept-Encoding": "identity"}
         if first or last is not None:
             headers["Range"] = f"bytes={first}-{'' if last is None else last}"
-        async with client.stream("GET", self.url, headers=headers, timeout=TIMEOUT) as response:
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT  # without a byte, a connection counts as lost
+        async with client.stream("GET", self.url, headers=headers, timeout=timeout) as response:
             hf_raise_for_status(response)
             yield response
 

@@ -29,6 +29,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use dfa::Refused;
+pub use pattern::portable;
 use program::Program;
 pub use tracker::{DEEPEST, Tracker};
 
@@ -43,6 +44,8 @@ pub struct Limits {
     pub states: usize,
     /// Work for one pattern, in derivre's units.
     pub fuel: u64,
+    /// Properties in a row that are not required.
+    pub optional: usize,
     /// Symbols of the grammar.
     pub symbols: usize,
     /// Bytes of the shortest document.
@@ -51,7 +54,15 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { nodes: 30_000, alternatives: 1_000, states: 10_000, fuel: 5_000_000, symbols: 60_000, shortest: 1 << 20 }
+        Self {
+            nodes: 30_000,
+            alternatives: 1_000,
+            states: 10_000,
+            fuel: 5_000_000,
+            optional: 1_000,
+            symbols: 60_000,
+            shortest: 1 << 20,
+        }
     }
 }
 

@@ -1,18 +1,26 @@
 //! Grammars of which it is known how what was begun ends soonest: schemas and regular expressions.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
+use llguidance::toktrie::SimpleVob;
+
 use super::guided::Guided;
 use super::schema::{Limits, Schema, Tracker};
 use super::words::Words;
 use crate::error::{Error, Result};
 use crate::llama::Token;
-use llguidance::toktrie::SimpleVob;
 
 /// A text on its way through a schema. The tracker decides; the matcher, which knows the masks, follows when one is
 /// needed.
 #[derive(Clone)]
 pub struct Tracked {
     tracker: Tracker,
-    guided: Guided,
+    /// Whether the text is empty and may stay so: the tracker begins with the first byte.
+    may_be_empty: bool,
+    /// The matcher at the beginning of a text, for all generations.
+    pristine: Arc<Mutex<Guided>>,
+    /// Our own, once a mask was needed.
+    guided: Option<Guided>,
     /// Tokens that the matcher has not seen.
     behind: Vec<Token>,
     /// The token that was looked at last, and what it leads to.
@@ -39,13 +47,9 @@ impl Tracked {
     }
 
     fn new(words: &Words, schema: &Schema) -> Result<Self> {
-        let guided = Guided::from_grammar(words, schema.grammar())?;
-        Ok(Self { tracker: schema.tracker(), guided, behind: Vec::new(), tried: None })
-    }
-
-    /// The same for another generation.
-    pub fn fork(&self) -> Self {
-        Self { guided: self.guided.fork(), ..self.clone() }
+        let pristine = Arc::new(Mutex::new(Guided::from_grammar(words, schema.grammar())?));
+        let may_be_empty = schema.shortest().is_empty();
+        Ok(Self { tracker: schema.tracker(), may_be_empty, pristine, guided: None, behind: Vec::new(), tried: None })
     }
 
     /// What comes of a text, if it is allowed.
@@ -70,6 +74,7 @@ impl Tracked {
     pub fn take(&mut self, token: Token, words: &Words) -> bool {
         let Some(tracker) = self.try_token(token, words).cloned() else { return false };
         self.tracker = tracker;
+        self.may_be_empty = false;
         self.tried = None;
         self.behind.push(token);
         true
@@ -82,6 +87,7 @@ impl Tracked {
     pub fn accept_bytes(&mut self, bytes: &[u8], words: &Words) -> Result<bool> {
         let Some(tracker) = self.after(bytes) else { return Ok(false) };
         self.tracker = tracker;
+        self.may_be_empty = false;
         self.tried = None;
         self.behind.extend(words.spell(bytes)?);
         Ok(true)
@@ -92,15 +98,17 @@ impl Tracked {
     /// # Errors
     /// `Grammar` where the matcher fails.
     pub fn mask(&mut self, words: &Words) -> Result<SimpleVob> {
+        let guided =
+            self.guided.get_or_insert_with(|| self.pristine.lock().unwrap_or_else(PoisonError::into_inner).fork());
         for token in self.behind.drain(..) {
-            self.guided.accept(token)?;
+            guided.accept(token)?;
         }
-        self.guided.mask(words)
+        guided.mask(words)
     }
 
     /// Whether the text may end here.
     pub fn may_end(&self) -> bool {
-        self.tracker.is_complete()
+        self.may_be_empty || self.tracker.is_complete()
     }
 
     /// Whether it must.

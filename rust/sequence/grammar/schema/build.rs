@@ -66,8 +66,6 @@ pub struct Builder<'s, 'l> {
     open: Vec<(u32, All)>,
     /// `oneOf`s whose branches exclude each other.
     apart: FxHashSet<Id>,
-    /// States of all terms together.
-    fuel: u64,
 }
 
 impl<'s, 'l> Builder<'s, 'l> {
@@ -83,7 +81,6 @@ impl<'s, 'l> Builder<'s, 'l> {
             texts: FxHashMap::default(),
             open: Vec::new(),
             apart: FxHashSet::default(),
-            fuel: limits.fuel,
         })
     }
 
@@ -333,9 +330,9 @@ impl<'s, 'l> Builder<'s, 'l> {
         Ok(Leaf::Term(number))
     }
 
-    /// An automaton, as far as the states of all of them together allow.
+    /// The automaton of an expression.
     pub fn dfa(&mut self, ast: &RegexAst) -> Result<Dfa, Refused> {
-        Dfa::new(ast, self.limits.states, self.fuel)
+        Dfa::new(ast, self.limits.states, self.limits.fuel)
     }
 
     /// Makes the terms of all other keys: once it is known which names are possible.

@@ -8,6 +8,9 @@ use rustc_hash::FxHashMap;
 /// No match can follow.
 const DEAD: u32 = u32::MAX;
 
+/// Entries that a state has on average at most, if there are as many states as allowed.
+const ROW: usize = 32;
+
 /// Bytes that a closing text rather has, best first; all others come after them in their order.
 const PLEASANT: &[u8] = b"a0bcdefghijklmnopqrstuvwxyz123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ-_.:/@ ";
 
@@ -33,7 +36,8 @@ pub struct Dfa {
 }
 
 impl Dfa {
-    /// The table of an expression with at most `states` states, worked out with at most `fuel` of derivre's units.
+    /// The table of an expression with at most `states` states (and [`ROW`] times as many entries), worked out with at most `fuel` of
+    /// derivre's units.
     pub fn new(ast: &RegexAst, states: usize, fuel: u64) -> Result<Self, Refused> {
         let mut builder = RegexBuilder::new();
         let root = builder.mk(ast).map_err(|error| Refused::Malformed(error.to_string()))?;
@@ -103,7 +107,7 @@ impl Table {
         while at < order.len() {
             table.accepting.push(regex.is_accepting(order[at]));
             table.row(&mut regex, &mut order, &mut numbers, at);
-            if order.len() > states || regex.cost() > fuel {
+            if order.len() > states || table.next.len() > states * ROW || regex.cost() > fuel {
                 return Err(Refused::TooBig);
             }
             at += 1;

@@ -11,11 +11,15 @@ use super::program::{Array, Leaf, Object, Program};
 use super::text::{self, SPACE};
 use crate::error::{Error, Result};
 
+/// Members times their number, where the grammar counts them.
+const COUNTED: usize = 1_000;
+
 /// Parts of this many repetitions are named.
 const CHUNK: u32 = 4;
 
 /// The grammar of a program.
 pub fn grammar(program: &Program, limits: &Limits) -> Result<GrammarInit> {
+    check_optional(program, limits)?;
     let mut emitter = Emitter::new(program).map_err(refused)?;
     emitter.all().map_err(refused)?;
     let size = emitter.grammar.num_symbols();
@@ -26,6 +30,20 @@ pub fn grammar(program: &Program, limits: &Limits) -> Result<GrammarInit> {
         )));
     }
     Ok(GrammarInit::Internal(emitter.grammar, emitter.lexer))
+}
+
+/// Refuses objects in which too many members may come next: each is a possibility that the grammar follows.
+fn check_optional(program: &Program, limits: &Limits) -> Result<()> {
+    let longest = |object: &Object| {
+        (0..object.named.len()).map(|place| object.last(place as u32) as usize - place).max().unwrap_or(0)
+    };
+    match program.objects.iter().map(longest).max() {
+        Some(longest) if longest > limits.optional => Err(Error::Grammar(format!(
+            "the schema is too big: {longest} properties in a row that are not required; at most {} are allowed",
+            limits.optional
+        ))),
+        _ => Ok(()),
+    }
 }
 
 fn refused(error: impl std::fmt::Display) -> Error {
@@ -273,7 +291,9 @@ impl<'a> Emitter<'a> {
         }
         let open = self.lexeme(Lexeme::Open(b'{'))?;
         let close = self.lexeme(Lexeme::Close(b'}'))?;
-        let members = if object.counts() { self.counted(object)? } else { self.uncounted(object)? };
+        // Where counting would take too many symbols, the tracker alone counts.
+        let counts = object.counts() && object.named.len() * object.counted_to() <= COUNTED;
+        let members = if counts { self.counted(object)? } else { self.uncounted(object)? };
         for way in members {
             let rule = [vec![open], way, vec![close]].concat();
             self.grammar.add_rule(symbol, rule)?;
@@ -373,13 +393,16 @@ impl<'a> Emitter<'a> {
         none: bool,
         rows: &[Option<SymIdx>],
     ) -> Made<Vec<Option<SymIdx>>> {
-        let most = object.size.max.map_or(usize::MAX, |max| max as usize);
+        let most = object.counted_to();
         let optional = !object.named[place].required;
         let mut next = Vec::new();
         for count in 1..=(rows.len() + 1).min(most) {
             let with = |count: usize| rows.get(count.wrapping_sub(1)).copied().flatten();
             let mut ways = Vec::new();
             ways.extend(with(count - 1).map(|before| [&[before, comma], member].concat()));
+            // Without an upper bound, the last count stands for all greater ones.
+            let same = with(count).filter(|_| count == most && object.size.max.is_none());
+            ways.extend(same.map(|before| [&[before, comma], member].concat()));
             ways.extend((count == 1 && none).then(|| member.to_vec()));
             ways.extend(with(count).filter(|_| optional).map(|before| vec![before]));
             next.push(if ways.is_empty() { None } else { Some(self.either(ways)?) });
@@ -415,6 +438,12 @@ impl<'a> Emitter<'a> {
 }
 
 impl Object {
+    /// The number of members up to which they are counted.
+    fn counted_to(&self) -> usize {
+        let most = self.size.max.unwrap_or(self.size.min).max(1);
+        if self.size.max.is_none() { most as usize } else { (most as usize).min(self.named.len().max(1)) }
+    }
+
     /// Whether the number of members matters at all.
     fn counts(&self) -> bool {
         let required = self.required[0];

@@ -159,6 +159,10 @@ fn spelt(hir: &Hir) -> Result<RegexAst, String> {
 
 /// A text as it is spelt.
 pub fn literal(text: &str) -> RegexAst {
+    if text.is_ascii() {
+        let quoted = serde_json::Value::from(text).to_string();
+        return RegexAst::Literal(quoted[1..quoted.len() - 1].to_owned());
+    }
     RegexAst::Concat(text.chars().map(|character| class(&[(character, character)])).collect())
 }
 
@@ -269,7 +273,7 @@ fn hex_digit(low: u32, high: u32) -> String {
 
 /// A pattern of ECMA 262 in the words of regex-syntax, in the sense that JavaScript and Python share: `\d`, `\w` and `\s` take ASCII,
 /// their opposites leave out all of Unicode; a dot takes no line break; brackets and set operators in a class are characters.
-fn portable(pattern: &str) -> String {
+pub fn portable(pattern: &str) -> String {
     let mut out = String::new();
     let mut class = None;
     let mut characters = pattern.chars().peekable();

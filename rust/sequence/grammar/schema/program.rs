@@ -192,6 +192,14 @@ impl Program {
         self.nodes[node as usize].cost
     }
 
+    /// Whether the empty text is a document: only where all is a regular expression.
+    pub fn is_whole_when_empty(&self) -> bool {
+        self.nodes[self.root as usize]
+            .leaves
+            .iter()
+            .any(|leaf| matches!(leaf, Leaf::Term(term) if self.terms[*term as usize].dfa.accepts(0)))
+    }
+
     /// The item at a place of an array.
     pub fn item(&self, array: u32, at: u32) -> Option<u32> {
         let array = &self.arrays[array as usize];

@@ -243,9 +243,10 @@ impl<'s> Reader<'_, 's> {
 
     /// Takes only those of the values that were allowed before.
     fn keep(&mut self, values: &[Value]) {
-        let before = self.rules.values.take();
-        let allowed = |value: &&Value| before.as_ref().is_none_or(|old| old.iter().any(|other| equal(value, other)));
-        self.rules.values = Some(values.iter().filter(allowed).cloned().collect());
+        match &mut self.rules.values {
+            None => self.rules.values = Some(values.to_vec()),
+            Some(before) => before.retain(|old| values.iter().any(|value| equal(value, old))),
+        }
     }
 
     fn numbers(&mut self) -> Result<()> {

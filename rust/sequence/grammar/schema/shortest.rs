@@ -185,7 +185,8 @@ fn tails(object: &mut Object) {
         let required = member.required;
         object.reach[at] = if required { at as u32 } else { object.reach[at + 1] };
         object.required[at] = object.required[at + 1] + u32::from(required);
-        object.ahead[at] = object.ahead[at + 1].saturating_add(if required { member.cost + 1 } else { 0 });
+        object.ahead[at] =
+            object.ahead[at + 1].saturating_add(if required { member.cost.saturating_add(1) } else { 0 });
         object.cheapest[at] = object.cheapest[at + 1].min(member.cost);
     }
 }

@@ -139,7 +139,11 @@ pub struct Tracker {
 impl Tracker {
     /// At the beginning of a document.
     pub fn new(program: Arc<Program>) -> Self {
-        Self { program, heads: vec![Head { state: State::Start, around: None }] }
+        let mut heads = vec![Head { state: State::Start, around: None }];
+        if program.is_whole_when_empty() {
+            heads.push(Head { state: State::End, around: None });
+        }
+        Self { program, heads }
     }
 
     /// Reads on. False if no document begins like this; nothing can be read after that.
@@ -342,7 +346,7 @@ impl Step<'_> {
     fn key(&mut self, object: &Object, members: &Members, head: &Head) {
         self.name(object, 0, b'"', members, head);
         if object.takes_others(members.next, members.count) {
-            self.other(object, 0, EMPTY_HASH, members, head);
+            self.other(object, 0, hash(EMPTY_HASH, b'"'), members, head);
         }
     }
 
