@@ -12,6 +12,7 @@ import llamactor
 from llamactor import Finished, SegmentEnd, SegmentStart, TextDelta
 from llamactor.chat.messages import to_messages
 from llamactor.chat.template import render_chat
+from llamactor.chat.turn import _marks as marks_of
 from llamactor.prediction import ToolCallDelta, ToolCallEnd, ToolCallStart, start_prediction
 from tests.conftest import PATIENCE
 from tests.families import AGAIN, ANSWER, CALL, FAMILIES, RESULT, SYSTEM, TOOLS, USER, Family
@@ -79,9 +80,10 @@ class Script:
             for token in ([part] if isinstance(part, int) else byte_tokens(part))
         ]
         self.drawn = 0
+        self.end = EOS
 
     def __call__(self, tokens: list[int], logits: memoryview[float]) -> None:
-        wanted = self.tokens[self.drawn] if self.drawn < len(self.tokens) else EOS
+        wanted = self.tokens[self.drawn] if self.drawn < len(self.tokens) else self.end
         self.drawn += 1
         logits[wanted] = 1e6
 
@@ -433,3 +435,31 @@ async def test_the_grammar_of_a_required_call_accepts_what_the_models_write(
         assert grammar.accepts(WRITTEN[name])
         assert not grammar.accepts("Oslo is nice.")
         assert not grammar.accepts(WRITTEN[name].replace("get_weather", "get_money"))
+
+
+THOUGHT = {
+    "gpt-oss": "<|channel|>analysis<|message|>hm<|end|>",
+    "command-r7b": "<|START_THINKING|>hm<|END_THINKING|>",
+    "deepseek-r1": "hm</think>\n\n",
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+async def test_calls_are_read_from_the_tokens_of_the_family(
+    family_files: dict[str, Path], name: str
+) -> None:
+    """Control tokens have no text, and yet they tell calls from content."""
+    async with llamactor.load_model(family_files[name], context_size=2048, threads=1) as model:
+        rendered = await render(model, [USER], tools=TOOLS, tool_choice="auto")
+        thought = THOUGHT.get(name, "")
+        script = Script(*model.tokenize(thought + WRITTEN[name], special=True))
+        script.end = model.tokens.eos or EOS
+        marks = None if rendered.reasoning is None else marks_of(rendered.reasoning)
+        events, result = await collect(
+            answer(model, rendered, reasoning=marks, logits_processor=script)
+        )
+        assert [(name, arguments) for _, name, arguments in told(events)] == [
+            ("get_weather", {"city": "Oslo"})
+        ]
+        assert (result.content, result.stop_reason) == ("", "tool_calls")
+        assert result.reasoning == ("hm" if thought else None)
