@@ -36,6 +36,7 @@ from llamactor import (
     UserMessage,
 )
 from llamactor.chat.template import render_chat
+from tests.conftest import TINYCHAT
 from tests.contexts import soon, until
 
 if TYPE_CHECKING:
@@ -132,6 +133,17 @@ async def test_respond_and_act_do_the_same_without_a_session(tinychat: Model) ->
         told.clear()
     with pytest.raises(ValueError, match="tools must not be empty"):
         _ = tinychat.act(QUESTION, [])
+
+
+async def test_a_handle_acts_as_its_model_does(tmp_path: Path) -> None:
+    async with llamactor.Runtime(tmp_path) as runtime:
+        handle = await runtime.load(TINYCHAT, context_size=1024, sequences=2, threads=1)
+        for prediction in (
+            handle.act(QUESTION, [get_fruit_price], max_rounds=5),
+            handle.respond(QUESTION, tools=[get_fruit_price], parallel_tools=False),
+            handle.chat(tools=[get_fruit_price]).prompt(QUESTION),
+        ):
+            assert (await soon(prediction)).content == ANSWER
 
 
 async def test_the_tools_of_a_session_are_those_of_its_prompts(tinychat: Model) -> None:
