@@ -534,6 +534,39 @@ async def test_the_last_answer_obeys_the_schema(session: ChatSession) -> None:
     assert msgspec.json.decode(session.history[-1].content, type=Verdict) == result.parsed
 
 
+async def test_thoughts_calls_and_a_schema_go_together(tinychat: Model) -> None:
+    says = Says(
+        tinychat,
+        "I look it up.\n</think>\n\n" + calls("apple", "banana"),
+        'Six is more.\n</think>{"answer":"yes","price":6}',
+    )
+    async with tinychat.chat(template_kwargs={"enable_thinking": True}) as session:
+        prediction = session.prompt(
+            QUESTION, tools=[get_fruit_price], schema=Verdict, logits_processor=says
+        )
+        result = await soon(prediction)
+        assert result.parsed == Verdict("yes", 6)
+        assert (result.rounds, asked(result)) == (2, BOTH)
+        assert result.reasoning == "I look it up.Six is more."
+        answers = [one for one in result.messages if isinstance(one, AssistantMessage)]
+        assert [one.reasoning for one in answers] == ["I look it up.", "Six is more."]
+        assert answers[-1].content == '{"answer":"yes","price":6}'
+
+
+async def test_a_prefix_of_the_schema_s_own_leaves_no_room_for_calls(session: ChatSession) -> None:
+    prediction = session.prompt(
+        QUESTION,
+        tools=[get_fruit_price],
+        schema=Verdict,
+        response_prefix='{"answer":',
+        max_tokens=100,
+    )
+    result = await soon(prediction)
+    assert result.content.startswith('{"answer":')
+    assert isinstance(result.parsed, Verdict)
+    assert (result.rounds, result.tool_calls) == (1, ())
+
+
 async def test_what_is_called_obeys_the_parameters(session: ChatSession) -> None:
     @llamactor.tool
     def get_fruit_price(name: Literal["pear", "plum"], day: Literal["Monday"]) -> str:
