@@ -98,9 +98,8 @@ impl Tracked {
     /// # Errors
     /// `Grammar` where the matcher fails.
     pub fn mask(&mut self, words: &Words) -> Result<SimpleVob> {
-        let guided = self
-            .guided
-            .get_or_insert_with(|| self.pristine.lock().unwrap_or_else(PoisonError::into_inner).fork());
+        let guided =
+            self.guided.get_or_insert_with(|| self.pristine.lock().unwrap_or_else(PoisonError::into_inner).fork());
         for token in self.behind.drain(..) {
             guided.accept(token)?;
         }
