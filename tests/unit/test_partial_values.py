@@ -399,10 +399,34 @@ async def test_sequences_and_chats_have_values(tiny_model: Model) -> None:
     assert answer.parsed == values[-1]
 
 
+class Verdict(msgspec.Struct):
+    answer: Literal["yes", "no"]
+    price: int
+
+
+async def test_values_are_those_of_the_last_round(tinychat: Model) -> None:
+    async def get_fruit_price(name: str) -> str:
+        """Get the price of a fruit."""
+        return {"apple": "$6", "banana": "$4"}[name]
+
+    prediction = tinychat.chat().prompt(
+        "Is an apple more expensive than a banana?",
+        tools=[llamactor.tool(get_fruit_price)],
+        schema=Verdict,
+        max_rounds=2,
+        max_tokens=200,
+    )
+    values = [value async for value in prediction.partial_values()]
+    result = await soon(prediction.result())
+    assert result.rounds == 2
+    assert isinstance(result.parsed, Verdict)
+    assert {type(value).__name__ for value in values} <= {"PartialVerdict", "Verdict"}
+    assert values[-1] == result.parsed
+
+
 async def test_a_response_prefix_belongs_to_the_value(tiny_model: Model) -> None:
     prediction = saying(tiny_model, '1,"label":"a"}', Point, response_prefix='{"x":')
     values = [value async for value in prediction.partial_values()]
-    assert shown(values[0]) == {}
     assert (await soon(prediction.result())).parsed == values[-1] == Point(1, "a")
 
 
