@@ -489,14 +489,14 @@ async def test_an_answer_that_a_stop_has_cut_has_no_value(tiny_model: Model) -> 
 async def test_a_cancelled_prediction_has_no_value(tiny_model: Model, gate: Gate) -> None:
     prediction = tiny_model.complete("x", logits_processor=Says("[1,2,3]", gate), schema=list[int])
     values = prediction.partial_values()
-    gate.allow(4)
+    gate.allow()
     assert await soon(anext(values)) == []
     prediction.cancel()
     gate.open()
     rest = [value async for value in values]
     result = await soon(prediction.result())
     assert (result.stop_reason, result.parsed) == ("cancelled", None)
-    assert all(value in ([1], [1, 2], []) for value in rest)
+    assert all([1, 2, 3][: len(value)] == value for value in rest)
 
 
 async def test_values_come_while_the_model_writes(tiny_model: Model, gate: Gate) -> None:
