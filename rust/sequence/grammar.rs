@@ -585,7 +585,8 @@ impl Constraint {
             Phase::Start if !self.gate.may_be_content() => self.words.none(),
             Phase::Start | Phase::Content => self.state.mask(&self.words)?,
         };
-        if self.gate.phase() == Phase::Start {
+        // A model that did not draw the start tag by itself is not led to it: its thoughts need have no end.
+        if self.gate.phase() == Phase::Start && (self.gate.is_opening() || !self.gate.may_be_content()) {
             let opening = (0..self.words.trie().vocab_size() as Token).filter(|&token| self.opens(token));
             opening.for_each(|token| mask.allow_token(token as u32));
         }
