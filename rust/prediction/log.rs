@@ -892,7 +892,7 @@ mod tests {
     // ---- rounds ---------------------------------------------------------------------------------------------------
 
     fn ended(stop_reason: StopReason) -> Outcome {
-        Outcome { stop_reason, stop_string: None, error: None }
+        Outcome { stop_reason, stop_string: None, error: None, completed: true }
     }
 
     /// A log between two rounds: the first one has said "one".

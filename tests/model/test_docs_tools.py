@@ -54,9 +54,12 @@ def test_step_by_step() -> None:
 
 
 def test_without_a_session() -> None:
-    answer, cost = lines("Without a session")
-    assert answer == "AI: The price of banana is $4."
-    assert re.fullmatch(r"2 rounds, [3-6]\d tokens", cost)
+    asked, result, said, answer, cost = lines("Without a session")
+    assert "name='multiply', arguments={'a': 12, 'b': 34}" in asked
+    assert result.startswith("ToolMessage(content='408")
+    assert said.startswith("AssistantMessage(content='12 * 34 is 408.'")
+    assert answer == "AI: 12 * 34 is 408."
+    assert re.fullmatch(r"2 rounds, [3-8]\d tokens", cost)
 
 
 # --- what runs ------------------------------------------------------------------------------------

@@ -324,6 +324,19 @@ def test_a_reader_that_goes_away_is_no_failure() -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.parametrize("words", [["ps"], ["ps", "--json"], ["presets"]])
+def test_nobody_has_to_read_what_there_is(words: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [*COMMAND, *words], stdout=writer, stderr=subprocess.PIPE, check=False, timeout=PATIENCE
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 # --- options ------------------------------------------------------------------------------------
 
 

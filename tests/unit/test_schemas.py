@@ -159,7 +159,7 @@ def check(wanted: dict[str, Json], result: PredictionResult) -> None:
 async def test_every_answer_to_a_random_schema_validates(tiny_model: Model) -> None:
     chance = random.Random(4)
     cases = [(document(chance), chance.randint(1, 120), seed) for seed in range(SCHEMAS)]
-    places = asyncio.Semaphore(8)
+    places = asyncio.Semaphore(4)
 
     async def one(wanted: dict[str, Json], limit: int, seed: int) -> bool:
         async with places:

@@ -36,6 +36,7 @@ from llamactor import (
     UserMessage,
 )
 from llamactor.chat.template import render_chat
+from tests.conftest import TINYCHAT
 from tests.contexts import soon, until
 
 if TYPE_CHECKING:
@@ -132,6 +133,17 @@ async def test_respond_and_act_do_the_same_without_a_session(tinychat: Model) ->
         told.clear()
     with pytest.raises(ValueError, match="tools must not be empty"):
         _ = tinychat.act(QUESTION, [])
+
+
+async def test_a_handle_acts_as_its_model_does(tmp_path: Path) -> None:
+    async with llamactor.Runtime(tmp_path) as runtime:
+        handle = await runtime.load(TINYCHAT, context_size=1024, sequences=2, threads=1)
+        for prediction in (
+            handle.act(QUESTION, [get_fruit_price], max_rounds=5),
+            handle.respond(QUESTION, tools=[get_fruit_price], parallel_tools=False),
+            handle.chat(tools=[get_fruit_price]).prompt(QUESTION),
+        ):
+            assert (await soon(prediction)).content == ANSWER
 
 
 async def test_the_tools_of_a_session_are_those_of_its_prompts(tinychat: Model) -> None:
@@ -520,6 +532,39 @@ async def test_the_last_answer_obeys_the_schema(session: ChatSession) -> None:
     assert isinstance(result.parsed, Verdict)
     assert result.completed
     assert msgspec.json.decode(session.history[-1].content, type=Verdict) == result.parsed
+
+
+async def test_thoughts_calls_and_a_schema_go_together(tinychat: Model) -> None:
+    says = Says(
+        tinychat,
+        "I look it up.\n</think>\n\n" + calls("apple", "banana"),
+        'Six is more.\n</think>{"answer":"yes","price":6}',
+    )
+    async with tinychat.chat(template_kwargs={"enable_thinking": True}) as session:
+        prediction = session.prompt(
+            QUESTION, tools=[get_fruit_price], schema=Verdict, logits_processor=says
+        )
+        result = await soon(prediction)
+        assert result.parsed == Verdict("yes", 6)
+        assert (result.rounds, asked(result)) == (2, BOTH)
+        assert result.reasoning == "I look it up.Six is more."
+        answers = [one for one in result.messages if isinstance(one, AssistantMessage)]
+        assert [one.reasoning for one in answers] == ["I look it up.", "Six is more."]
+        assert answers[-1].content == '{"answer":"yes","price":6}'
+
+
+async def test_a_prefix_of_the_schema_s_own_leaves_no_room_for_calls(session: ChatSession) -> None:
+    prediction = session.prompt(
+        QUESTION,
+        tools=[get_fruit_price],
+        schema=Verdict,
+        response_prefix='{"answer":',
+        max_tokens=100,
+    )
+    result = await soon(prediction)
+    assert result.content.startswith('{"answer":')
+    assert isinstance(result.parsed, Verdict)
+    assert (result.rounds, result.tool_calls) == (1, ())
 
 
 async def test_what_is_called_obeys_the_parameters(session: ChatSession) -> None:

@@ -411,6 +411,24 @@ async def test_a_failure_ends_the_round_if_it_is_to() -> None:
     assert isinstance(round_.failures[0].__cause__, KeyError)
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+async def test_after_a_failure_that_ends_it_no_other_call_begins(parallel: bool) -> None:
+    begun: list[str] = []
+
+    async def handler(name: str) -> None:
+        begun.append(name)
+        raise KeyError(name)
+
+    round_ = Round(Tool("t", "", NAMED, handler), on_error="raise", parallel=parallel)
+    for name in "abc":
+        round_.calls.add(call("t", name, name=name))
+    with pytest.raises(ToolExecutionError, match="'a'"):
+        await soon(round_.calls.messages())
+    await soon(round_.calls.aclose())
+    assert begun == ["a"]
+    assert round_.failures[0].call.id == "a"
+
+
 async def never() -> None:
     await asyncio.Event().wait()
 

@@ -16,6 +16,7 @@ from llamactor._work import Work, work_of
 from llamactor.chat.completion import CompletionEngine, OnGeneration
 from llamactor.chat.history import History, leading_system
 from llamactor.chat.messages import Message, MessageLike, SystemMessage, UserMessage, to_messages
+from llamactor.chat.rounds import Rounds
 from llamactor.chat.saved import (
     SavedChat,
     full_options,
@@ -529,6 +530,7 @@ class ChatSession:
             settings.template,
             messages,
             tools=settings.tools.definitions,
+            tool_choice=Rounds(ToolUse(tools=settings.tools), None).choice(messages),
             add_generation_prompt=False,
             kwargs=settings.template_kwargs,
         )

@@ -414,9 +414,15 @@ class ToolCalls:
         """Return the answers in the order of the calls, once all are there.
 
         Cancelling this leaves them running; see `aclose`.
+
+        Raises:
+            ToolExecutionError: a handler failed, and failures are to end it all.
         """
         if self._tasks:
             await asyncio.wait(self._tasks)
+        for task in self._tasks:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise error
         return tuple(task.result() for task in self._tasks)
 
     async def aclose(self) -> None:
@@ -434,11 +440,18 @@ class ToolCalls:
             answer = await self._carry_out(call, problem)
         except ToolExecutionError as error:
             if self._use.on_error == "raise":
+                self._stop()
                 self._fail(error)
                 raise
             answer = Answer(_told(str(error)), error)
         self._tell(ToolResult(call, answer.content, answer.error))
         return ToolMessage(answer.content, call.id, call.name)
+
+    def _stop(self) -> None:
+        """Cancel all others, also those that have not begun."""
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
 
     async def _carry_out(self, call: ToolCall, problem: str | None) -> Answer:
         """Check a call, have it guarded and run; in order if not in parallel."""

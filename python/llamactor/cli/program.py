@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from llamactor.cli.terminal import Work
 
 COMMANDS: dict[str, Callable[..., Work]] = {
-    **{"chat": chat, "complete": complete},
-    **{
-        "ls": ls,
-        "info": info,
-        "pull": pull,
-        "import": import_,
-        "rm": rm,
-        "prune": prune,
-        "verify": verify,
-    },
-    **{"ps": ps, "bench": bench},
+    "chat": chat,
+    "complete": complete,
+    "ls": ls,
+    "info": info,
+    "pull": pull,
+    "import": import_,
+    "rm": rm,
+    "prune": prune,
+    "verify": verify,
+    "ps": ps,
+    "bench": bench,
 }
 STATUSES = """\
 Exit status: 0 done, 1 failed (stderr says why, in one line), 2 wrong arguments, \
@@ -61,7 +61,9 @@ def main(words: Sequence[str] | None = None) -> int:
     replace_what_cannot_be_written()
     try:
         work = _parsed(words)
-        return Status.DONE if work is None else asyncio.run(_run(work))
+        status = Status.DONE if work is None else asyncio.run(_run(work))
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
         discard_output()
         return Status.DONE

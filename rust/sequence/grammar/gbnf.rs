@@ -93,8 +93,9 @@ pub struct Matcher {
     /// The first is the text so far; more follow while texts are tried.
     frames: Vec<Frame>,
     sweep_at: usize,
-    /// Places that may still be passed.
+    /// Places that may still be passed, and how many there are for each question.
     fuel: u32,
+    fuel_per_question: u32,
     exceeded: bool,
     scratch: Scratch,
 }
@@ -106,8 +107,8 @@ struct Scratch {
     seen: FxHashSet<Head>,
     /// The nodes of the rules that were called in this step.
     calls: FxHashMap<u32, u32>,
-    /// Whether each of those nodes, which follow each other, was left already.
-    left: Vec<bool>,
+    /// The nodes that were left in this step: who waits there has gone on.
+    left: FxHashSet<u32>,
 }
 
 impl Matcher {
@@ -123,6 +124,7 @@ impl Matcher {
             frames: Vec::new(),
             sweep_at: SWEEP,
             fuel: MAX_PLACES,
+            fuel_per_question: MAX_PLACES,
             exceeded: false,
             scratch: Scratch::default(),
         };
@@ -138,7 +140,7 @@ impl Matcher {
 
     /// Whether the text may go on with these bytes. Nothing changes.
     pub fn allows(&mut self, bytes: &[u8]) -> bool {
-        self.fuel = MAX_PLACES;
+        self.fuel = self.fuel_per_question;
         let allowed = bytes.iter().all(|&byte| self.push(byte));
         self.back_to(1);
         allowed
@@ -146,7 +148,7 @@ impl Matcher {
 
     /// Goes on with these bytes if it may.
     pub fn accept(&mut self, bytes: &[u8]) -> bool {
-        self.fuel = MAX_PLACES;
+        self.fuel = self.fuel_per_question;
         let allowed = bytes.iter().all(|&byte| self.push(byte));
         match allowed {
             true => self.settle(),
@@ -199,7 +201,7 @@ impl Matcher {
 
     /// Adds the tokens whose texts may follow.
     pub fn add_texts(&mut self, trie: &TokTrie, tokens: &mut SimpleVob) {
-        self.fuel = MAX_PLACES;
+        self.fuel = self.fuel_per_question;
         trie.add_bias(self, tokens, &[]);
     }
 
@@ -312,11 +314,9 @@ impl Matcher {
             self.scratch.work.push((DONE, BOTTOM));
             return;
         }
-        let first = self.nodes.len() - self.scratch.left.len();
-        if let Some(left) = (node as usize).checked_sub(first).and_then(|call| self.scratch.left.get_mut(call)) {
-            *left = true;
+        if self.scratch.left.insert(node) {
+            self.scratch.work.extend_from_slice(&self.nodes[node as usize]);
         }
-        self.scratch.work.extend_from_slice(&self.nodes[node as usize]);
     }
 
     fn call(&mut self, rule: u32, back: u32, node: u32) {
@@ -330,14 +330,12 @@ impl Matcher {
                 let callee = self.nodes.len() as u32;
                 self.nodes.push(Node::new());
                 self.scratch.calls.insert(rule, callee);
-                self.scratch.left.push(false);
                 self.enter(rule, callee);
                 callee
             }
         };
         self.nodes[callee as usize].push((back, node));
-        let first = self.nodes.len() - self.scratch.left.len();
-        if self.scratch.left[callee as usize - first] {
+        if self.scratch.left.contains(&callee) {
             // It can be nothing, and has been.
             self.scratch.work.push((back, node));
         }

@@ -1,11 +1,13 @@
 //! JSON Schemas: what may be written, and how what was begun ends soonest.
 //!
-//! A schema is brought into a normal form (`program.rs`), and from this one form come both the grammar for llguidance (`emit.rs`), which
-//! knows the masks, and the [`Tracker`], which knows the shortest end. The language of both is the same, but for two things that the
-//! tracker alone refuses: nesting deeper than [`DEEPEST`], and equal keys where `minProperties` counts them.
+//! A schema is brought into a normal form (`program.rs`), and from this one form come both the grammar for llguidance
+//! (`emit.rs`), which knows the masks, and the [`Tracker`], which knows the shortest end. The language of both is the
+//! same, but for two things that the tracker alone refuses: nesting deeper than [`DEEPEST`], and equal keys where
+//! `minProperties` counts them.
 //!
-//! Documents are written in one order: properties as the schema lists them, then all others. Between tokens there is at most a blank or
-//! one line break with blanks or tabs; nothing is before or after the document. Numbers have so few digits that floats keep them.
+//! Documents are written in one order: properties as the schema lists them, then all others. Between tokens there is
+//! at most a blank or one line break with blanks or tabs; nothing is before or after the document. Numbers have so
+//! few digits that floats keep them.
 
 mod build;
 mod closing;
@@ -75,8 +77,8 @@ pub struct Schema {
 }
 
 impl Schema {
-    /// Compiles a JSON Schema (2020-12; the spellings of draft 7 where they mean the same). [`Error::Grammar`] names the keyword that
-    /// is not supported, or what is too big, and its JSON pointer.
+    /// Compiles a JSON Schema (2020-12; the spellings of draft 7 where they mean the same). [`Error::Grammar`] names
+    /// the keyword that is not supported, or what is too big, and its JSON pointer.
     pub fn compile(schema: &Value, limits: &Limits) -> Result<Self> {
         let program = build::program(schema, limits)?;
         Self::of(program, limits)

@@ -1,4 +1,5 @@
-//! From subschemas to the normal form: alternatives are multiplied out, everything that applies to one value is joined.
+//! From subschemas to the normal form: alternatives are multiplied out, everything that applies to one value is
+//! joined.
 
 use llguidance::derivre::RegexAst;
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -170,9 +171,10 @@ impl<'s, 'l> Builder<'s, 'l> {
             return Ok(());
         }
         let branches = self.source.children(id, "oneOf")?;
-        for (at, &one) in branches.iter().enumerate() {
-            for (other_at, &other) in branches.iter().enumerate().skip(at + 1) {
-                if !disjoint::branches(self, id, one, other)? {
+        let branches = branches.into_iter().map(|branch| self.beside(branch, id)).collect::<Result<Vec<_>>>()?;
+        for (at, one) in branches.iter().enumerate() {
+            for (other_at, other) in branches.iter().enumerate().skip(at + 1) {
+                if !disjoint::branches(self, one, other)? {
                     let why = format!("branches {at} and {other_at} may both match a value; use anyOf");
                     return Err(self.source.wrong(id, "oneOf", &why));
                 }
@@ -412,7 +414,7 @@ impl<'s, 'l> Builder<'s, 'l> {
     }
 
     /// The alternatives of a branch together with what stands beside it.
-    pub fn beside(&mut self, branch: Id, beside: Id) -> Result<Vec<Rules>> {
+    fn beside(&mut self, branch: Id, beside: Id) -> Result<Vec<Rules>> {
         let alternatives = self.alternatives(&vec![branch])?;
         alternatives.iter().map(|all| Rules::of(&mut self.source, &with(all, Some(beside)))).collect()
     }

@@ -254,7 +254,7 @@ impl Program {
         };
         let stem = &plain[..plain.len() - 1];
         let with = |suffix: &[u8]| [stem, suffix, b"\""].concat();
-        let mut suffixes = (0usize..).map(|number| suffix(number));
+        let mut suffixes = (0usize..).map(suffix);
         suffixes.find_map(|suffix| Some(with(&suffix)).filter(|key| fits(key))).unwrap_or(plain)
     }
 }

@@ -36,8 +36,8 @@ pub struct Dfa {
 }
 
 impl Dfa {
-    /// The table of an expression with at most `states` states (and [`ROW`] times as many entries), worked out with at most `fuel` of
-    /// derivre's units.
+    /// The table of an expression with at most `states` states (and [`ROW`] times as many entries), worked out with
+    /// at most `fuel` of derivre's units.
     pub fn new(ast: &RegexAst, states: usize, fuel: u64) -> Result<Self, Refused> {
         let mut builder = RegexBuilder::new();
         let root = builder.mk(ast).map_err(|error| Refused::Malformed(error.to_string()))?;

@@ -5,17 +5,14 @@ use serde_json::Value;
 
 use super::build::Builder;
 use super::rules::{All, MembersRule, Rules, Size, Types};
-use super::source::Id;
 use crate::error::Result;
 
 /// Objects within objects that are looked into.
 const DEPTH: u32 = 3;
 
-/// Whether no value fulfils both branches and what stands beside them.
-pub fn branches(builder: &mut Builder, beside: Id, one: Id, other: Id) -> Result<bool> {
-    let ones = builder.beside(one, beside)?;
-    let others = builder.beside(other, beside)?;
-    Apart { builder, depth: DEPTH }.all(&ones, &others)
+/// Whether no value fulfils both branches, each given by its alternatives.
+pub fn branches(builder: &mut Builder, ones: &[Rules], others: &[Rules]) -> Result<bool> {
+    Apart { builder, depth: DEPTH }.all(ones, others)
 }
 
 struct Apart<'a, 's, 'l> {

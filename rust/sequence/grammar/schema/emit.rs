@@ -318,8 +318,8 @@ impl<'a> Emitter<'a> {
 
     /// The ways of the members of an object that has some, where their number does not matter.
     ///
-    /// The members before the first required one are joined from the left (each may or may not have a comma before it), all after it
-    /// in one row: nothing nests deeper with the number of members.
+    /// The members before the first required one are joined from the left (each may or may not have a comma before
+    /// it), all after it in one row: nothing nests deeper with the number of members.
     fn uncounted(&mut self, object: &Object) -> Made<Vec<Vec<SymIdx>>> {
         let comma = self.lexeme(Lexeme::Comma)?;
         let others = self.others(object)?;
@@ -369,7 +369,8 @@ impl<'a> Emitter<'a> {
         Ok(vec![self.either(vec![Vec::new(), member])?])
     }
 
-    /// The ways of the members of an object that has some, where their number matters: for each number of named members a symbol.
+    /// The ways of the members of an object that has some, where their number matters: for each number of named
+    /// members a symbol.
     fn counted(&mut self, object: &Object) -> Made<Vec<Vec<SymIdx>>> {
         let comma = self.lexeme(Lexeme::Comma)?;
         // For each count: the symbol of so many members among the first places; none for zero members.

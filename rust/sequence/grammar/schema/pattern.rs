@@ -176,7 +176,8 @@ fn characters(class: &Class) -> Result<Vec<(char, char)>, String> {
     }
 }
 
-/// One character of a class, as it is spelt: what JSON must escape in its shortest way, what is beyond ASCII also as `\u….`.
+/// One character of a class, as it is spelt: what JSON must escape in its shortest way, what is beyond ASCII also as
+/// `\u….`.
 fn class(ranges: &[(char, char)]) -> RegexAst {
     let holds = |character: char| ranges.iter().any(|&(first, last)| (first..=last).contains(&character));
     let mut alternatives: Vec<RegexAst> =
@@ -271,8 +272,9 @@ fn hex_digit(low: u32, high: u32) -> String {
     format!("[{digits}{}]", digits.to_uppercase().trim_start_matches(|c: char| c.is_ascii_digit()))
 }
 
-/// A pattern of ECMA 262 in the words of regex-syntax, in the sense that JavaScript and Python share: `\d`, `\w` and `\s` take ASCII,
-/// their opposites leave out all of Unicode; a dot takes no line break; brackets and set operators in a class are characters.
+/// A pattern of ECMA 262 in the words of regex-syntax, in the sense that JavaScript and Python share: `\d`, `\w` and
+/// `\s` take ASCII, their opposites leave out all of Unicode; a dot takes no line break; brackets and set operators
+/// in a class are characters.
 pub fn portable(pattern: &str) -> String {
     let mut out = String::new();
     let mut class = None;

@@ -1,7 +1,8 @@
 //! The normal form of a schema: what the grammar and the tracker are both made from.
 //!
-//! A value is one of a node's leaves. A leaf is a regular expression (a *term*), a string of which only the length matters, an array
-//! or an object. Lengths and sizes are counted, never unrolled. Every leaf has a shortest text; what has none is not here.
+//! A value is one of a node's leaves. A leaf is a regular expression (a *term*), a string of which only the length
+//! matters, an array or an object. Lengths and sizes are counted, never unrolled. Every leaf has a shortest text;
+//! what has none is not here.
 
 use llguidance::derivre::RegexAst;
 use rustc_hash::FxHashMap;

@@ -16,7 +16,13 @@ fn costs(program: &mut Program) {
     for node in &mut program.nodes {
         node.cost = NEVER;
     }
-    while (0..program.nodes.len()).rev().fold(false, |changed, at| improve(program, at) || changed) {}
+    let mut changed = true;
+    while changed {
+        changed = false;
+        for at in (0..program.nodes.len()).rev() {
+            changed |= improve(program, at);
+        }
+    }
 }
 
 fn improve(program: &mut Program, at: usize) -> bool {

@@ -81,7 +81,7 @@ fn step(matcher: &mut Matcher, tracker: &Tracker, pick: usize, so_far: &[u8]) ->
     let repeated = masked.iter().all(|byte| *byte == b'"' || allowed.contains(byte));
     assert!(masked == allowed || repeated, "{masked:?} {allowed:?} after {:?}", String::from_utf8_lossy(so_far));
     // Every third byte goes towards the end, so that walks see more than strings.
-    let ahead = tracker.closing().first().copied().filter(|_| pick % 3 == 0);
+    let ahead = tracker.closing().first().copied().filter(|_| pick.is_multiple_of(3));
     ahead.or_else(|| (!allowed.is_empty()).then(|| allowed[pick % allowed.len()]))
 }
 

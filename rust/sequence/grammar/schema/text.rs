@@ -45,7 +45,8 @@ pub fn literal(value: &Value) -> String {
     value.to_string()
 }
 
-/// The state of white space after one more byte, if that is allowed: 0 at first, 1 after a blank, 2 after a line break, then counting.
+/// The state of white space after one more byte, if that is allowed: 0 at first, 1 after a blank, 2 after a line
+/// break, then counting.
 pub fn space(state: u8, byte: u8) -> Option<u8> {
     let tabs = 3 + BLANKS;
     match (state, byte) {

@@ -1,10 +1,12 @@
 //! Reads a document byte by byte and knows at any time how it can end.
 //!
-//! The document may be several things at once (`anyOf`): each is a *head*, a state and what is around it. Brackets tell how deep one is,
-//! so all heads are equally deep, and those in the same state are one: their surroundings are joined. There are never more heads than
-//! states of the schema's places, however deep and ambiguous it is.
+//! The document may be several things at once (`anyOf`): each is a *head*, a state and what is around it. Brackets
+//! tell how deep one is, so all heads are equally deep, and those in the same state are one: their surroundings are
+//! joined. There are never more heads than states of the schema's places, however deep and ambiguous it is.
 
 use std::sync::Arc;
+
+use rustc_hash::FxHashMap;
 
 use super::program::{Leaf, Object, Program};
 use super::text::space;
@@ -12,8 +14,11 @@ use super::text::space;
 /// Arrays and objects within each other at most: what reads JSON gives up at some depth.
 pub const DEEPEST: u32 = 64;
 
+/// Heads from which on they are looked up instead of compared one by one.
+const MANY: usize = 32;
+
 /// Where one is in a value.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     /// Before the document.
     Start,
@@ -30,7 +35,7 @@ pub enum State {
 }
 
 /// Between the items of an array; numbers are states of white space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Spot {
     /// After the opening bracket.
     Open(u8),
@@ -41,7 +46,7 @@ pub enum Spot {
 }
 
 /// In an object.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Members {
     /// Which.
     pub object: u32,
@@ -56,7 +61,7 @@ pub struct Members {
 }
 
 /// Between the members of an object; single bytes are states of white space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Place {
     /// After the opening brace.
     Open(u8),
@@ -77,7 +82,7 @@ pub enum Place {
 }
 
 /// Keys, by their hashes.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq, Hash)]
 pub struct Keys {
     hash: u64,
     before: Option<Arc<Keys>>,
@@ -149,7 +154,7 @@ impl Tracker {
     /// Reads on. False if no document begins like this; nothing can be read after that.
     pub fn push(&mut self, bytes: &[u8]) -> bool {
         bytes.iter().all(|&byte| {
-            self.heads = Step { program: &self.program, byte, out: Vec::new() }.all(&self.heads);
+            self.heads = Step::new(&self.program, byte).all(&self.heads);
             !self.heads.is_empty()
         })
     }
@@ -184,9 +189,15 @@ struct Step<'a> {
     program: &'a Program,
     byte: u8,
     out: Vec<Head>,
+    /// Where the heads are, once there are many.
+    index: FxHashMap<State, usize>,
 }
 
-impl Step<'_> {
+impl<'a> Step<'a> {
+    fn new(program: &'a Program, byte: u8) -> Self {
+        Self { program, byte, out: Vec::new(), index: FxHashMap::default() }
+    }
+
     fn all(mut self, heads: &[Head]) -> Vec<Head> {
         for head in heads {
             self.head(head);
@@ -262,18 +273,14 @@ impl Step<'_> {
     fn array(&mut self, array: u32, items: u32, spot: Spot, head: &Head) {
         let at = |spot| State::Array { array, items, spot };
         let rules = &self.program.arrays[array as usize];
+        let may_end = items >= rules.size.min;
         match (spot, self.byte) {
-            (Spot::Open(_) | Spot::After(_), b']') => {
-                if items >= rules.size.min {
-                    self.finish(&head.around);
-                }
-            }
+            (Spot::Open(_) | Spot::After(_), b']') if may_end => self.finish(&head.around),
             (Spot::After(0), b',') if rules.takes_more(items) => self.add(at(Spot::Comma(0)), &head.around),
-            (Spot::After(state), byte) => {
-                if items >= rules.size.min {
-                    self.space(state, byte, &|state| at(Spot::After(state)), head);
-                }
+            (Spot::After(state), byte) if may_end => {
+                self.space(state, byte, &|state| at(Spot::After(state)), head);
             }
+            (Spot::After(_), _) => {}
             (Spot::Open(state), byte) if space(state, byte).is_some() => {
                 self.space(state, byte, &|state| at(Spot::Open(state)), head);
             }
@@ -310,19 +317,14 @@ impl Step<'_> {
     fn object(&mut self, members: &Members, head: &Head) {
         let object = &self.program.objects[members.object as usize];
         let at = |spot| State::Object(Members { spot, ..members.clone() });
+        let may_end = object.may_end(members.next, members.count);
         match (members.spot, self.byte) {
-            (Place::Open(_) | Place::After(_), b'}') => {
-                if object.may_end(members.next, members.count) {
-                    self.finish(&head.around);
-                }
-            }
+            (Place::Open(_) | Place::After(_), b'}') if may_end => self.finish(&head.around),
             (Place::After(0), b',') if object.takes_more(members.next, members.count) => {
                 self.add(at(Place::Comma(0)), &head.around);
             }
-            (Place::After(state), byte) => {
-                if object.may_end(members.next, members.count) {
-                    self.space(state, byte, &|state| at(Place::After(state)), head);
-                }
+            (Place::After(state), byte) if may_end => {
+                self.space(state, byte, &|state| at(Place::After(state)), head);
             }
             (Place::Open(_) | Place::Comma(_), b'"') => self.key(object, members, head),
             (Place::Open(state), byte) => self.space(state, byte, &|state| at(Place::Open(state)), head),
@@ -399,20 +401,36 @@ impl Step<'_> {
 
     /// A further head, joined with one in the same state.
     fn add(&mut self, state: State, around: &Option<Arc<Around>>) {
-        join(&mut self.out, &Head { state, around: around.clone() });
+        match self.place(&state) {
+            Some(place) => self.out[place].widen(around),
+            None => {
+                if self.out.len() >= MANY {
+                    self.index.insert(state.clone(), self.out.len());
+                }
+                self.out.push(Head { state, around: around.clone() });
+            }
+        }
+    }
+
+    /// Where the head in that state is.
+    fn place(&mut self, state: &State) -> Option<usize> {
+        if self.out.len() < MANY {
+            return self.out.iter().position(|head| head.state == *state);
+        }
+        if self.index.is_empty() {
+            self.index.extend(self.out.iter().enumerate().map(|(place, head)| (head.state.clone(), place)));
+        }
+        self.index.get(state).copied()
     }
 }
 
-/// Adds a head to others.
-fn join(heads: &mut Vec<Head>, head: &Head) {
-    match heads.iter_mut().find(|other| other.state == head.state) {
-        None => heads.push(head.clone()),
-        Some(other) => {
-            if let (Some(one), Some(more)) = (&other.around, &head.around)
-                && !Arc::ptr_eq(one, more)
-            {
-                other.around = Some(joined(one, more));
-            }
+impl Head {
+    /// Takes further surroundings.
+    fn widen(&mut self, around: &Option<Arc<Around>>) {
+        if let (Some(one), Some(more)) = (&self.around, around)
+            && !Arc::ptr_eq(one, more)
+        {
+            self.around = Some(joined(one, more));
         }
     }
 }
@@ -421,7 +439,10 @@ fn join(heads: &mut Vec<Head>, head: &Head) {
 fn joined(one: &Arc<Around>, more: &Arc<Around>) -> Arc<Around> {
     let mut frames = one.frames.clone();
     for frame in &more.frames {
-        join(&mut frames, frame);
+        match frames.iter_mut().find(|other| other.state == frame.state) {
+            Some(other) => other.widen(&frame.around),
+            None => frames.push(frame.clone()),
+        }
     }
     if frames == one.frames {
         return one.clone();
