@@ -218,6 +218,12 @@ fn texts(model: &Model) -> Vec<(Vec<u8>, bool)> {
     (0..model.n_vocab() as Token).map(text).collect()
 }
 
+/// Whether a text begins a character that may become malformed: ours refuses that, llama.cpp does not look.
+fn may_be_malformed(text: &[u8]) -> bool {
+    std::str::from_utf8(text).is_err()
+        && text.iter().any(|byte| matches!(byte, 0xc0 | 0xc1 | 0xe0 | 0xed | 0xf0 | 0xf4..=0xff))
+}
+
 /// Grammars as a user may write them, most of them with some text.
 fn grammars() -> impl Strategy<Value = String> {
     let leaf = prop_oneof![
@@ -253,7 +259,7 @@ proptest! {
         for choice in choices {
             let theirs = reference.allowed();
             let mut allowed = Vec::new();
-            for (token, (text, is_end)) in texts.iter().enumerate() {
+            for (token, (text, is_end)) in texts.iter().enumerate().filter(|(_, (text, _))| !may_be_malformed(text)) {
                 let may = if *is_end { ours.may_end() } else { !text.is_empty() && text[0] != 0 && ours.allows(text) };
                 prop_assert_eq!(may, theirs[token], "{} {:?}", grammar, String::from_utf8_lossy(text));
                 if may && !is_end {
