@@ -76,7 +76,7 @@ pub enum Renderer {
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
     /// A prompt.
-    Rendered(Rendered),
+    Rendered(Box<Rendered>),
     /// The bounded renderer cannot, for this reason; llama.cpp might.
     Unsupported(String),
 }
@@ -124,7 +124,7 @@ pub fn render(model: &Model, request: &Request) -> Result<Outcome> {
 impl Outcome {
     fn with_calls(self, calls: Option<CallFormat>) -> Self {
         match self {
-            Self::Rendered(rendered) => Self::Rendered(Rendered { calls, ..rendered }),
+            Self::Rendered(rendered) => Self::Rendered(Box::new(Rendered { calls, ..*rendered })),
             unsupported => unsupported,
         }
     }
@@ -161,7 +161,7 @@ impl Outcome {
         match self {
             Self::Rendered(rendered) => {
                 let ends = places.iter().map(|&place| rendered.ends[place]).collect();
-                Self::Rendered(Rendered { ends, ..rendered })
+                Self::Rendered(Box::new(Rendered { ends, ..*rendered }))
             }
             unsupported => unsupported,
         }
@@ -171,7 +171,7 @@ impl Outcome {
 fn render_plain(model: &Model, request: &Request) -> Result<Outcome> {
     let job = Job::new(model, request);
     match job.layout() {
-        Ok((layout, neutralised)) => Ok(Outcome::Rendered(job.finish(layout, neutralised)?)),
+        Ok((layout, neutralised)) => Ok(Outcome::Rendered(Box::new(job.finish(layout, neutralised)?))),
         Err(Failure::Unsupported(error)) => Ok(Outcome::Unsupported(error.to_string())),
         Err(Failure::Final(error)) => Err(error),
     }

@@ -235,7 +235,9 @@ impl Model {
                 context.close();
                 context.shared().wait_ended(Duration::MAX);
             }
-            model.map(let_go);
+            if let Some(model) = model {
+                let_go(model);
+            }
             reporter.finish(Ok(Value::None));
         })?;
         Ok(Call::new(state))

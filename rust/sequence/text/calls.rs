@@ -433,7 +433,7 @@ impl Calls {
     /// The last place up to `limit` where the unit could end; 0 if it has no whole call.
     fn end_before(&self, limit: usize) -> usize {
         let Some(unit) = &self.unit else { return 0 };
-        if !self.reading(limit).is_some_and(|reading| reading.whole > 0) {
+        if self.reading(limit).is_none_or(|reading| reading.whole == 0) {
             return 0;
         }
         let ends = unit.text[..limit].char_indices().rev().map(|(at, _)| at);
@@ -562,7 +562,7 @@ impl Unit {
     }
 
     /// What lies behind `end`, as text of its tokens.
-    fn rest(mut self: Box<Self>, end: usize) -> VecDeque<Bit> {
+    fn rest(mut self, end: usize) -> VecDeque<Bit> {
         let mut ends: Vec<usize> = self.bits.iter().skip(1).map(|&(start, _)| start).collect();
         ends.push(self.text.len());
         let bits = std::mem::take(&mut self.bits)

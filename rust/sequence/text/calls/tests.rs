@@ -146,7 +146,6 @@ const FAMILIES: [Family; 13] = [
         between: ",\n",
         section: ("<|START_ACTION|>[\n", "\n]<|END_ACTION|>"),
         content: ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
-        ..PLAIN
     },
     Family {
         name: "granite",
