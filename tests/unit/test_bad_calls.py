@@ -182,7 +182,7 @@ BAD = [
     Bad("package that is not there", lambda w: load_model("pkg:llm_nothing"), ModelNotFoundError, "'llm_nothing'", "pip install"),
     Bad("package that is no name", lambda w: load_model("pkg:../etc"), ModelNotFoundError, "../etc"),
     Bad("package without a model", lambda w: load_model("pkg:json"), ModelNotFoundError, "'json'", "0: none"),
-    Bad("model to download", lambda w: load_model("hf:a/b"), ModelNotFoundError, "'hf:a/b'"),
+    Bad("model to download, offline", lambda w: load_model("hf:a/b"), llamactor.DownloadError, "hf:a/b", "HF_HUB_OFFLINE"),
     Bad("directory", lambda w: load_model(w.files), ModelLoadError, "is a directory", ".gguf"),
     Bad("path through a file", lambda w: load_model(w.good / "x.gguf"), llamactor.LlamactorError, "x.gguf"),
     Bad("path that is too long", lambda w: load_model("/" + "x" * 5000 + ".gguf"), llamactor.LlamactorError, "xxx"),

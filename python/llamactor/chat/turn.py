@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from llamactor import _core
     from llamactor._home import Home
     from llamactor.chat.completion import CompletionEngine
+    from llamactor.prediction import StopReason
 
 OnMessage: TypeAlias = Callable[[Message], object]
 
@@ -429,7 +430,7 @@ class Turn:
             return result
         ended = self._deferred.rounds
         last = self._deferred.last_round() if ended > self._rounds.ended else None
-        ending = None if last is None else self._ending(last)
+        ending = None if last is None else self._ending(last, result.stop_reason)
         said = self._rounds.said(ending, result.stop_reason)
         return msgspec.structs.replace(
             result,
@@ -439,8 +440,14 @@ class Turn:
             completed=result.completed or self._native["constraint"] is None,
         )
 
-    def _ending(self, last: PredictionResult) -> AssistantMessage | None:
+    def _ending(
+        self, last: PredictionResult, stop_reason: StopReason | None
+    ) -> AssistantMessage | None:
         """What the last round has said; None for nothing, which a cut call is too."""
+        if stop_reason == "cancelled" and last.tool_calls:
+            # It came between the end of the round and the calls: they were not made.
+            said = last.content or last.reasoning
+            return AssistantMessage(last.content, last.reasoning) if said else None
         if last.stop_reason not in (None, "cancelled"):
             return self._answer(last, last.tool_calls)
         only_calls = self._rounds.definitions and not (last.content or last.reasoning)
