@@ -40,6 +40,7 @@ bench: build
 	$(CARGO) bench --bench text
 	$(PYTHON_IN_VENV) -m pytest benches
 	$(PYTHON_IN_VENV) -m benches.ratios $(ARGS)
+	$(PYTHON_IN_VENV) -m benches.structured
 
 .PHONY: lint  ## formats, lints, types, and the stub against the built module
 lint: build
