@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -38,6 +39,16 @@ def test_two_turns(guide: Runs) -> None:
 @pytest.mark.model
 def test_streaming(guide: Runs) -> None:
     assert guide.answers("Streaming") == guide.answers("Two turns")[:1]
+
+
+@pytest.mark.model
+def test_in_batches(guide: Runs) -> None:
+    lines = guide.lines("In batches")
+    pieces = [ast.literal_eval(line.removeprefix("piece: ")) for line in lines if line[:1] == "p"]
+    asked, answered = (line.split(" ", 2)[1:] for line in lines if line[:1] == "m")
+    assert asked == ["UserMessage", repr("Hi there, how are you?")]
+    assert answered == ["AssistantMessage", repr("".join(pieces))]
+    assert 2 <= len(pieces) <= 5
 
 
 @pytest.mark.model
