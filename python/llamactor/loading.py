@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar, Unpack
 
 import msgspec
@@ -28,7 +29,6 @@ from llamactor.store.refs import kind_of
 if TYPE_CHECKING:
     import os
     from collections.abc import Generator
-    from pathlib import Path
     from types import TracebackType
 
     from llamactor._opening import Closable
@@ -323,7 +323,9 @@ class NativeLoad:
     async def _load(
         self, options: LoadOptions, context_options: ContextOptions
     ) -> tuple[_core.Model, _core.Context | None]:
-        path = str(await self._resolve())
+        found = await self._resolve()
+        # Errors name a path as it was given.
+        path = self.ref if found == Path(self.ref) else str(found)
         native = await self._step(
             "weights", _core.load_model(self._hub.native, path, options.native())
         )
