@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -134,11 +135,8 @@ def examine(
         What is wrong, if anything, and the files with the checksums that are known now.
     """
     for file in model.files:
-        if not file.path.is_file():
-            return f"{file.path} is missing", model.files
-        size = file.path.stat().st_size
-        if size != file.size_bytes:
-            return f"{file.path} has {size} bytes, {file.size_bytes} are recorded", model.files
+        if problem := _size_problem(file):
+            return problem, model.files
     try:
         header = read_header(model.path)
     except (ModelLoadError, ModelNotFoundError) as error:
@@ -155,6 +153,18 @@ def examine(
         if known.sha256 is not None and file.sha256 != known.sha256:
             return f"{file.path} has SHA-256 {file.sha256}, not {known.sha256}", model.files
     return None, found_files
+
+
+def _size_problem(file: ModelFile) -> str | None:
+    try:
+        found = file.path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{file.path} is missing"
+    if not stat.S_ISREG(found.st_mode):
+        return f"{file.path} is no file"
+    if found.st_size != file.size_bytes:
+        return f"{file.path} has {found.st_size} bytes, {file.size_bytes} are recorded"
+    return None
 
 
 def prune(folder: Path, partial: str, stop: Stop) -> int:
