@@ -75,7 +75,7 @@ def _show(found: list[Process]) -> None:
             f"{process.started.astimezone():%Y-%m-%d %H:%M}",
             size(process.resident_bytes),
             ", ".join(Path(model.path).name for model in process.models) or None,
-            process.command,
+            " ".join(process.command.split()),  # a program given as text has lines
         )
         for process in found
     ]
