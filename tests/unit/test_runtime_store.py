@@ -127,9 +127,9 @@ async def test_a_load_cancelled_while_downloading_leaves_no_model(
     loading = runtime.load("hf:owner/Speaker", **SMALL)
     assert await asyncio.to_thread(hub.stalled.wait, PATIENCE)
     loading.cancel()
-    hub.release.set()
     with pytest.raises(LoadCancelledError):
         await loading
+    hub.release.set()
     await until(lambda: not runtime.snapshot.loading)
     assert runtime.snapshot.models == ()
     assert list(runtime.store.path.rglob("*.gguf")) == []
