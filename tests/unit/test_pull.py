@@ -400,6 +400,29 @@ async def test_a_name_that_is_taken_is_refused_before_anything_comes(
     assert file.requests == []
 
 
+async def test_the_name_of_a_copy_is_refused_before_anything_comes(
+    hub: Hub, store: ModelStore, content: bytes, tiny_model_path: Path
+) -> None:
+    file = hub.add(REPO, FILE, content + bytes(32))
+    await store.import_(tiny_model_path, copy=True, name="mine")
+    with pytest.raises(ValueError, match="belongs to another"):
+        await store.pull(f"hf:{REPO}", name="mine")
+    assert file.requests == []
+
+
+async def test_another_name_for_what_is_recorded_is_refused_before_anything_comes(
+    hub: Hub, store: ModelStore, content: bytes
+) -> None:
+    hub.add(REPO, FILE, content)
+    await store.pull(f"hf:{REPO}")
+    newer = hub.add(REPO, FILE, content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="rename"):
+        await store.pull(f"hf:{REPO}", name="another")
+    assert newer.requests == []
+    assert (await store.verify())[0].ok
+    assert (await store.pull(f"hf:{REPO}", name="Tiny-Q4_K_M")).sha256 == newer.sha256
+
+
 # --- cancelling, and others who do the same -----------------------------------------------------
 
 

@@ -232,6 +232,74 @@ async def test_a_copy_lies_in_the_store_and_goes_with_its_record(
     assert [path.name for path in store.path.iterdir() if path.is_dir()] == []
 
 
+async def test_one_content_can_be_copied_under_several_names(
+    store: ModelStore, model_path: Path, tmp_path: Path
+) -> None:
+    first = await store.import_(model_path, copy=True)
+    again = tmp_path / "Again.gguf"
+    again.write_bytes(model_path.read_bytes())
+    async with asyncio.timeout(PATIENCE):
+        second = await store.import_(again, copy=True)
+    assert (first.name, second.name, second.path.name) == ("Tiny-F32", "Again", "Again.gguf")
+    await store.remove("again")
+    assert [found.ok for found in await store.verify()] == [True]
+
+
+async def test_a_damaged_copy_is_whole_once_it_is_imported_again(
+    store: ModelStore, model_path: Path
+) -> None:
+    copy = (await store.import_(model_path, copy=True)).path
+    flip(copy)
+    assert not (await store.verify())[0].ok
+    assert (await store.import_(model_path, copy=True)).quarantined is None
+    assert copy.read_bytes() == model_path.read_bytes()
+    assert (await store.verify())[0].ok
+
+
+async def test_a_copy_that_has_lost_a_part_is_whole_once_it_is_imported_again(
+    store: ModelStore, tmp_path: Path
+) -> None:
+    parts = models.tiny_split(tmp_path)
+    first = await store.import_(parts[0], copy=True)
+    first.files[1].path.unlink()
+    async with asyncio.timeout(PATIENCE):
+        assert await store.import_(parts[0], copy=True) == first
+    assert (await store.verify())[0].ok
+
+
+async def test_a_name_that_is_taken_is_refused_before_anything_is_copied(
+    store: ModelStore, model_path: Path, tmp_path: Path
+) -> None:
+    other = models.tiny_llama(tmp_path / "other.gguf", seed=1)
+    told: list[llamactor.DownloadProgress] = []
+    for copy in (False, True):
+        await store.import_(other, name="mine", copy=copy)
+        with pytest.raises(ValueError, match="belongs to another"):
+            await store.import_(model_path, copy=True, name="Mine", progress=told.append)
+        await store.remove("mine")
+    await store.import_(model_path, name="mine")
+    with pytest.raises(ValueError, match="belongs to another"):
+        await store.import_(model_path, copy=True, name="mine", progress=told.append)
+    assert told == []
+
+
+async def test_a_copy_that_cannot_have_its_name_leaves_no_file(
+    store: ModelStore, model_path: Path, tmp_path: Path
+) -> None:
+    """Files of one name and size may be one model; which they are shows when they were read."""
+    other = tmp_path / "other" / model_path.name
+    other.parent.mkdir()
+    other.write_bytes(model_path.read_bytes())
+    flip(other)
+    first = await store.import_(model_path, copy=True, name="mine")
+    with pytest.raises(ValueError, match="belongs to another"):
+        await store.import_(other, copy=True, name="mine")
+    with pytest.raises(ValueError, match="is in the store as 'mine'"):
+        await store.import_(model_path, copy=True, name="other")
+    assert list(store.path.rglob("*.gguf")) == [first.path]
+    assert (await store.verify())[0].ok
+
+
 async def test_removing_what_was_only_recorded_leaves_the_file(
     store: ModelStore, model_path: Path
 ) -> None:

@@ -87,16 +87,12 @@ def add(folder: Path, model: StoredModel, name: str | None) -> StoredModel:
         if model.owned and not all(file.path.exists() for file in model.files):
             raise VanishedError(model.path)
         models = _select_all(connection)
-        known = _same(models, model)
+        known = _same(models, model.path, model.source)
         if known is None:
             added = msgspec.structs.replace(model, name=_free_name(models, name, model.name))
             _insert(connection, added)
             return added
-        if name is not None and name.casefold() != known.name.casefold():
-            raise ValueError(
-                f"{model.path} is in the store as {known.name!r}; "
-                f"rename it with: store.update({known.name!r}, rename={name!r})"
-            )
+        _check_own_name(known, name)
         if known.owned and not model.owned and known.path != model.path:
             return known  # another program has the same
         renewed = _renewed(known, model)
@@ -104,6 +100,29 @@ def add(folder: Path, model: StoredModel, name: str | None) -> StoredModel:
         return renewed
 
     return _transact(folder, "IMMEDIATE", work)
+
+
+def check_name(models: list[StoredModel], path: Path, source: str, name: str) -> None:
+    """Refuse a name that `add` would refuse while these are all models.
+
+    Raises:
+        ValueError: It belongs to another model, or the path is recorded under another name.
+    """
+    known = _same(models, path, source)
+    if known is None:
+        _free_name(models, name, name)
+    else:
+        _check_own_name(known, name)
+
+
+def unless_recorded(folder: Path, path: Path, act: Callable[[], object]) -> None:
+    """Do something if no record has a path, and let nobody record it meanwhile."""
+
+    def work(connection: sqlite3.Connection) -> None:
+        if all(model.path != path for model in _select_all(connection)):
+            act()
+
+    _transact(folder, "IMMEDIATE", work)
 
 
 def change(folder: Path, name: str, edit: Callable[[StoredModel], StoredModel | None]) -> bool:
@@ -134,12 +153,20 @@ def change(folder: Path, name: str, edit: Callable[[StoredModel], StoredModel | 
     return _transact(folder, "IMMEDIATE", work)
 
 
-def _same(models: list[StoredModel], model: StoredModel) -> StoredModel | None:
+def _same(models: list[StoredModel], path: Path, source: str) -> StoredModel | None:
     """Return the record of a path, else of the one thing that a source names."""
-    found = next((other for other in models if other.path == model.path), None)
-    if found is not None or not model.source.startswith(("hf:", "pkg:", "ollama:")):
+    found = next((model for model in models if model.path == path), None)
+    if found is not None or not source.startswith(("hf:", "pkg:", "ollama:")):
         return found
-    return next((other for other in models if other.source == model.source), None)
+    return next((model for model in models if model.source == source), None)
+
+
+def _check_own_name(known: StoredModel, name: str | None) -> None:
+    if name is not None and name.casefold() != known.name.casefold():
+        raise ValueError(
+            f"{known.path} is in the store as {known.name!r}; "
+            f"rename it with: store.update({known.name!r}, rename={name!r})"
+        )
 
 
 def _renewed(known: StoredModel, found: StoredModel) -> StoredModel:

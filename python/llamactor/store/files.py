@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -94,21 +95,29 @@ def _checksum(
 def copy_in(
     paths: Sequence[Path], folder: Path, stop: Stop, reporter: Reporter
 ) -> tuple[ModelFile, ...]:
-    """Copy files into a folder named by their content, whole or not at all; return the copies.
+    """Copy files into a folder named by their content, and return the copies.
 
-    What was copied already is left as it is.
+    Another process may remove them before they are recorded.
     """
     with _temporary(folder) as name:
         copies = [_copy(path, Path(name), stop, reporter) for path in paths]
         stop.check()
         content = "".join(str(copy.sha256) for copy in copies)
         place = folder / hashlib.sha256(content.encode()).hexdigest()[:16]
-        try:
-            Path(name).rename(place)
-        except OSError:
-            if not place.is_dir():  # else it is there already
-                raise
+        _put(Path(name), place)
     return tuple(ModelFile(place / copy.path.name, copy.size_bytes, copy.sha256) for copy in copies)
+
+
+def _put(folder: Path, place: Path) -> None:
+    """Give a folder its name; what has that already may be damaged, or lack some of its files."""
+    try:
+        folder.rename(place)
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
+        with contextlib.suppress(FileNotFoundError):  # it was removed just now
+            for path in folder.iterdir():
+                path.replace(place / path.name)
 
 
 def _temporary(folder: Path) -> tempfile.TemporaryDirectory[str]:

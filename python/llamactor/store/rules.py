@@ -24,6 +24,8 @@ from llamactor.store.refs import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llamactor.store.discovery import Found
     from llamactor.store.records import ModelFile, StoredModel
 
@@ -150,6 +152,21 @@ def check_loadable(files: tuple[ModelFile, ...]) -> None:
         for file in files:
             file.path.unlink(missing_ok=True)
         raise
+
+
+def former_copy(models: list[StoredModel], name: str, folder: Path, paths: Sequence[Path]) -> Path:
+    """Return the path of the model in `folder` that has a name and may be a copy of some files.
+
+    Returns:
+        `folder`, which is no model's path, if there is none.
+    """
+    wanted = [(path.name, path.stat().st_size) for path in paths]
+    for model in models:
+        found = [(file.path.name, file.size_bytes) for file in model.files]
+        named = model.name.casefold() == name.casefold()
+        if named and folder in model.path.parents and found == wanted:
+            return model.path
+    return folder
 
 
 def delete(model: StoredModel, folder: Path) -> None:

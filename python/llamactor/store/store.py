@@ -41,6 +41,7 @@ from llamactor.store.rules import (
     delete,
     fits,
     forget_if_gone,
+    former_copy,
     is_here,
     mentions,
     name_of_found,
@@ -225,19 +226,22 @@ class ModelStore:
         source = absolute(check.check_path("path", path))
         check.check_bool("copy", copy)
         check_name(name)
-        loop = asyncio.get_running_loop()
+        loop, imported = asyncio.get_running_loop(), self._folder / _IMPORTED
 
         def work(stop: Stop) -> StoredModel:
             _core.check_model_file(str(source))
             paths = [source.with_name(part) for part in part_names(source.name)]
             reporter = files.Reporter(loop, progress, files.total_size(paths))
-            self._check_free(name, source)
+            if name is not None:
+                models = database.all_models(self._folder)
+                place = former_copy(models, name, imported, paths) if copy else source
+                database.check_name(models, place, "import", name)
             if not copy:
                 found = files.checksums(paths, stop, reporter)
                 return self._record(found, "import", owned=False, name=name)
 
             def copied() -> tuple[ModelFile, ...]:
-                return files.copy_in(paths, self._folder / _IMPORTED, stop, reporter)
+                return files.copy_in(paths, imported, stop, reporter)
 
             return self._record_owned(copied, "import", name=name)
 
@@ -291,7 +295,9 @@ class ModelStore:
             if known is not None:
                 return self._record(known.files, known.source, owned=known.owned, name=name)
             folder = self._folder / model.folder
-            self._check_free(name, folder / model.files[0].name)
+            if name is not None:
+                models = database.all_models(self._folder)
+                database.check_name(models, folder / model.files[0].name, model.source, name)
             reporter = files.Reporter(loop, progress, model.size_bytes)
 
             def fetched() -> tuple[ModelFile, ...]:
@@ -520,7 +526,13 @@ class ModelStore:
             owned=owned,
             created=datetime.now(UTC),
         )
-        return database.add(self._folder, model, name)
+        try:
+            return database.add(self._folder, model, name)
+        except ValueError:
+            if owned and source == "import":  # a download is what the next pull finds
+                drop = functools.partial(delete, model, self._folder)
+                database.unless_recorded(self._folder, model.path, drop)
+            raise
 
     def _record_owned(
         self,
@@ -536,16 +548,6 @@ class ModelStore:
             with contextlib.suppress(database.VanishedError, ModelNotFoundError):
                 check_loadable(found)
                 return self._record(found, source, owned=True, name=name, licence=licence)
-
-    def _check_free(self, name: str | None, path: Path) -> None:
-        """Refuse a name that another model has before anything is downloaded or copied.
-
-        A former copy passes, since what is to be copied may be the same.
-        """
-        for model in database.all_models(self._folder) if name is not None else ():
-            copied = model.owned and model.source == "import"
-            if model.name.casefold() == str(name).casefold() and model.path != path and not copied:
-                raise ValueError(f"the name {name!r} belongs to another model of the store")
 
     def _discover(self, stop: Stop) -> Models:
         known = {model.path: model for model in database.all_models(self._folder)}
