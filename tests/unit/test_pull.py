@@ -136,6 +136,15 @@ async def test_all_parts_of_a_split_model_come(hub: Hub, store: ModelStore, tmp_
         assert loaded.info.parameters == model.parameters
 
 
+async def test_a_name_that_counts_no_parts_is_that_of_a_whole_model(
+    hub: Hub, store: ModelStore, content: bytes
+) -> None:
+    hub.add(REPO, "Tiny-00001-of-00000.gguf", content)
+    assert (await store.header(f"hf:{REPO}")).architecture == "llama"
+    model = await store.pull(f"hf:{REPO}")
+    assert [file.path.name for file in model.files] == ["Tiny-00001-of-00000.gguf"]
+
+
 async def test_a_small_file_is_checked_by_what_git_calls_it(
     hub: Hub, store: ModelStore, content: bytes
 ) -> None:

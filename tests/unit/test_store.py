@@ -190,6 +190,25 @@ async def test_a_file_is_recorded_once(store: ModelStore, model_path: Path) -> N
         await store.import_(model_path, name="other")
 
 
+@pytest.mark.parametrize("part", ["00001-of-00000", "00000-of-00002", "00003-of-00002"])
+async def test_a_name_that_counts_no_parts_is_that_of_a_whole_model(
+    store: ModelStore, model_path: Path, home: Path, part: str
+) -> None:
+    odd = lm_studio(home, model_path.read_bytes(), f"Odd-{part}.gguf")
+    assert (await store.header(odd)).architecture == "llama"
+    (found,) = [model for model in await store.discover() if model.name != "smollm2"]
+    assert (found.name, [file.path for file in found.files]) == (f"Odd-{part}", [odd])
+    assert (await store.import_(odd)).sha256 == sha256(odd)
+
+
+async def test_a_path_that_is_no_utf_8_is_refused(store: ModelStore, model_path: Path) -> None:
+    odd = model_path.with_name(os.fsdecode(b"caf\xe9.gguf"))
+    model_path.rename(odd)
+    for copy in (False, True):
+        with pytest.raises(ValueError, match=r"caf\\udce9.gguf'.* is no UTF-8; rename it"):
+            await store.import_(odd, copy=copy)
+
+
 async def test_names_are_unique_and_cannot_be_taken_for_paths(
     store: ModelStore, model_path: Path, tmp_path: Path
 ) -> None:
@@ -556,6 +575,22 @@ async def test_records_can_be_renamed_and_annotated(
         await store.update("othr", notes="")
 
 
+async def test_names_and_notes_are_text(store: ModelStore, model_path: Path) -> None:
+    await store.import_(model_path)
+    wrong: Any
+    for wrong in (["x"], b"x", 5):
+        with pytest.raises(TypeError, match="notes must be a str"):
+            await store.update("tiny-f32", notes=wrong)
+    for wrong in (None, 5, b"tiny-f32"):
+        for call in (store.get, store.update, store.remove):
+            with pytest.raises(TypeError, match="name must be a str"):
+                await call(wrong)
+    with pytest.raises(TypeError, match="name must be a str"):
+        await store.verify(5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="notes has a lone surrogate"):
+        await store.update("tiny-f32", notes="\ud800")
+
+
 async def test_default_options_are_checked_and_given_ready_to_use(
     store: ModelStore, model_path: Path
 ) -> None:
@@ -601,23 +636,23 @@ def hugging_face(home: Path, data: bytes, commit: str = "c1") -> Path:
     return link
 
 
-def lm_studio(home: Path, data: bytes) -> Path:
-    path = home / ".lmstudio/models/owner/Other-GGUF/Other-Q8_0.gguf"
+def lm_studio(home: Path, data: bytes, name: str = "Other-Q8_0.gguf") -> Path:
+    path = home / ".lmstudio/models/owner/Other-GGUF" / name
     path.parent.mkdir(parents=True)
     path.write_bytes(data)
     return path
 
 
-def ollama(home: Path, data: bytes) -> Path:
+def ollama(home: Path, data: bytes, model: str = "registry.ollama.ai/library/tiny/1b") -> Path:
     digest = hashlib.sha256(data).hexdigest()
     layers = [
         {"mediaType": "application/vnd.ollama.image.template", "digest": "sha256:00"},
         {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"},
     ]
-    manifest = home / ".ollama/models/manifests/registry.ollama.ai/library/tiny/1b"
+    manifest = home / ".ollama/models/manifests" / model
     blob = home / f".ollama/models/blobs/sha256-{digest}"
     for path in (manifest, blob):
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     manifest.write_text(json.dumps({"layers": layers}))
     blob.write_bytes(data)
     return blob
@@ -655,6 +690,29 @@ async def test_models_of_other_programs_are_found_and_left_where_they_are(
     assert (await store.get("Other-Q8_0")).sha256 == sha256(elsewhere["Other-Q8_0"])
     async with llamactor.load_model(await store.resolve("tiny-1b")) as model:
         assert model.info.architecture == "llama"
+
+
+async def test_models_of_ollama_are_told_apart_by_registry_and_owner(
+    store: ModelStore, home: Path, tmp_path: Path
+) -> None:
+    blobs = {
+        f"ollama:{name}:Q4_0": ollama(
+            home, models.tiny_llama(tmp_path / "x.gguf", seed=seed).read_bytes(), f"{place}/Q4_0"
+        )
+        for seed, (name, place) in enumerate(
+            {
+                "tiny": "registry.ollama.ai/library/tiny",
+                "ada/tiny": "registry.ollama.ai/ada/tiny",
+                "hf.co/ada/tiny": "hf.co/ada/tiny",
+                "hf.co/bob/tiny": "hf.co/bob/tiny",
+                "hf.co/library/tiny": "hf.co/library/tiny",
+            }.items()
+        )
+    }
+    for _ in range(2):  # looking again moves no record
+        await store.discover()
+        assert {model.source: model.path for model in await store.list("ollama:")} == blobs
+    assert await store.resolve("hf.co-bob-tiny-Q4_0") == blobs["ollama:hf.co/bob/tiny:Q4_0"]
 
 
 async def test_discovering_again_adds_nothing_and_forgets_what_is_gone(
@@ -706,6 +764,9 @@ async def test_what_is_no_model_is_passed_over(
     (folder / "mmproj-Other.gguf").write_bytes(b"GGUF")
     (folder / "cut-00001-of-00002.gguf").write_bytes(elsewhere["Other-Q8_0"].read_bytes())
     (folder / "dangling.gguf").symlink_to("nowhere")
+    Path(os.fsdecode(bytes(folder / "caf") + b"\xe9.gguf")).write_bytes(
+        elsewhere["Other-Q8_0"].read_bytes()
+    )
     manifests = home / ".ollama/models/manifests/registry.ollama.ai/library/broken"
     manifests.mkdir()
     for name, text in {"a": "{", "b": "[]", "c": '{"layers": [{}]}', "d": "{}"}.items():

@@ -51,7 +51,8 @@ class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     """Where it came from.
 
-    ``import``, ``hf:owner/repo/file.gguf``, ``pkg:name``, ``lmstudio`` or ``ollama:name:tag``.
+    ``import``, ``hf:owner/repo/file.gguf``, ``pkg:name``, ``lmstudio`` or ``ollama:name:tag``, with
+    the name that Ollama shows: ``tiny``, ``owner/tiny`` or ``hf.co/owner/repo``.
     """
     owned: bool
     """Whether the files lie in the store, so that `ModelStore.remove` deletes them."""

@@ -48,6 +48,14 @@ def check_name(name: str | None) -> None:
         )
 
 
+def check_recordable(path: Path) -> None:
+    """Raise if a path cannot be recorded, since no text can say it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(path)!r} cannot be recorded: it is no UTF-8; rename it") from None
+
+
 def clean_name(name: str) -> str:
     """Return a name without what names cannot have."""
     return _FORBIDDEN_IN_NAMES.sub("-", name).strip()[:_LONGEST_NAME] or "model"

@@ -36,6 +36,7 @@ from llamactor.store.rules import (
     absolute,
     check_loadable,
     check_name,
+    check_recordable,
     checked_defaults,
     clean_name,
     delete,
@@ -218,7 +219,7 @@ class ModelStore:
             progress: Called in the loop.
 
         Raises:
-            ValueError: The name is taken, or cannot be one.
+            ValueError: The name is taken, or cannot be one; or the path is no UTF-8.
             ModelNotFoundError: There is no such file.
             ModelLoadError: It is no model.
             OSError: It cannot be copied.
@@ -227,6 +228,7 @@ class ModelStore:
         check.check_bool("copy", copy)
         check_name(name)
         loop, imported = asyncio.get_running_loop(), self._folder / _IMPORTED
+        check_recordable(imported / source.name if copy else source)
 
         def work(stop: Stop) -> StoredModel:
             _core.check_model_file(str(source))
@@ -340,7 +342,10 @@ class ModelStore:
             TypeError: An option is unknown or has the wrong type.
             ValueError: The new name is taken, or an option is out of range.
         """
+        check.check_text("name", name, empty=False)
         check_name(rename)
+        if notes is not None:
+            check.check_text("notes", notes)
         changes: dict[str, Any] = {"name": rename, "notes": notes}
         if default_options is not None:
             changes["default_options"] = checked_defaults(default_options)
@@ -392,6 +397,7 @@ class ModelStore:
         Raises:
             ModelNotFoundError: There is no such model.
         """
+        check.check_text("name", name, empty=False)
         removed: Models = []
 
         def forget(model: StoredModel) -> None:
@@ -418,6 +424,8 @@ class ModelStore:
         Raises:
             ModelNotFoundError: There is no such model.
         """
+        if name is not None:
+            check.check_text("name", name, empty=False)
         loop = asyncio.get_running_loop()
 
         def work(stop: Stop) -> Verifications:
@@ -570,7 +578,7 @@ class ModelStore:
         return None if found is None else self._record_found(found)
 
     def _record_found(self, found: discovery.Found) -> StoredModel | None:
-        """Record a file of another program; None if it is no model."""
+        """Record a file of another program; None if it is no model, or cannot be recorded."""
         try:
             paths = [found.path.with_name(part) for part in part_names(found.path.name)]
             sizes = [path.stat().st_size for path in paths]
@@ -579,7 +587,7 @@ class ModelStore:
                 for path, size in zip(paths, sizes, strict=True)
             )
             return self._record(listed, found.source, owned=False, suggested=found.name)
-        except (ModelLoadError, ModelNotFoundError, OSError):
+        except (ModelLoadError, ModelNotFoundError, OSError, UnicodeError):
             return None
 
     def _change(self, name: str, edit: Callable[[StoredModel], StoredModel | None]) -> None:
