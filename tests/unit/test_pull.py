@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +23,7 @@ from llamactor import (
     ModelLoadError,
     ModelNotFoundError,
     ModelStore,
+    StoredModel,
 )
 from llamactor.store import transfer
 from tests import models
@@ -30,7 +32,6 @@ from tests.hub import COMMIT, Hub, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 REPO = "owner/Tiny-GGUF"
 FILE = "Tiny-Q4_K_M.gguf"
@@ -184,6 +185,83 @@ async def test_load_model_downloads_loads_and_counts(
     async with llamactor.load_model("tiny-q4_k_m") as model:
         assert model.info.path == str(tmp_path / "default" / REPO / FILE)
     assert (await ModelStore().get("Tiny-Q4_K_M")).usage_count == 2
+
+
+# --- what was here under another name -----------------------------------------------------------
+
+OTHER = "other/Tiny-GGUF"
+
+
+async def known(store: ModelStore, hub: Hub, path: Path, origin: str) -> StoredModel:
+    """A model that came into the store in one way or another."""
+    if origin == "hub":
+        hub.add(OTHER, FILE, path.read_bytes())
+        return await store.pull(f"hf:{OTHER}")
+    if origin == "lmstudio":
+        found = Path.home() / ".lmstudio/models/owner/repo/Found.gguf"
+        found.parent.mkdir(parents=True)
+        shutil.copy(path, found)
+        await store.discover()
+        await store.verify("found")  # from now on its checksum is known
+        return await store.get("found")
+    return await store.import_(path, copy=origin == "copy")
+
+
+@pytest.mark.parametrize("origin", ["import", "copy", "hub", "lmstudio"])
+async def test_what_was_here_already_is_found_by_the_reference_that_it_was_pulled_by(
+    hub: Hub,
+    store: ModelStore,
+    tiny_model_path: Path,
+    origin: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = await known(store, hub, tiny_model_path, origin)
+    file = hub.add(REPO, FILE, tiny_model_path.read_bytes())
+    for _ in range(2):
+        pulled = await store.pull(f"hf:{REPO}")
+        assert pulled.pulled_as == (f"hf:{REPO}/{FILE}",)
+        assert (pulled.name, pulled.path, pulled.source) == (
+            *(before.name, before.path, before.source),
+        )
+    assert file.requests == []
+    assert await store.list(REPO) == [pulled]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for ref in (f"hf:{REPO}", f"hf:{REPO}:Q4_K_M", f"hf:{REPO}/{FILE}"):
+        assert await store.resolve(ref) == before.path
+        await store.note_use(ref)
+    assert (await store.get(before.name)).usage_count == 3
+
+
+async def test_a_reference_means_what_it_was_pulled_as_last(
+    hub: Hub, store: ModelStore, content: bytes, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    contents = [content, *(content[:-1] + bytes([byte]) for byte in b"xy")]
+    first = await store.import_(tiny_model_path, name="first")
+    (tmp_path / "second.gguf").write_bytes(contents[1])
+    second = await store.import_(tmp_path / "second.gguf")
+    found = []
+    for index in (0, 1, 0, 2, 0):
+        hub.add(REPO, FILE, contents[index])
+        found.append((await store.pull(f"hf:{REPO}")).path)
+        assert await store.resolve(f"hf:{REPO}") == found[-1]
+    assert found == [first.path, second.path, first.path, store.path / REPO / FILE, first.path]
+    assert (await store.get("second")).pulled_as == ()
+
+
+async def test_an_imported_file_that_was_pulled_stays_an_imported_one(
+    hub: Hub, store: ModelStore, content: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.gguf"
+    path.write_bytes(content)
+    await store.import_(path)
+    hub.add(REPO, FILE, content)
+    await store.pull(f"hf:{REPO}")
+    path.unlink()
+    await store.discover()
+    assert (await store.get("mine")).source == "import"  # what is gone may come back
+    path.write_bytes(content[:-1] + b"x")
+    assert (await store.import_(path)).pulled_as == ()  # it is another one
+    assert (await store.pull(f"hf:{REPO}")).path == store.path / REPO / FILE
 
 
 # --- failures that pass -------------------------------------------------------------------------

@@ -789,6 +789,19 @@ async def test_a_store_of_a_newer_version_is_left_alone(
         await store.list()
 
 
+async def test_a_store_of_an_older_version_is_taken_over(
+    store: ModelStore, model_path: Path
+) -> None:
+    model = await store.import_(model_path)
+    with sqlite3.connect(store.path / database.FILE_NAME) as connection:
+        connection.execute("ALTER TABLE models DROP COLUMN pulled_as")
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    assert await store.list() == [model]
+    await store.note_use("tiny-f32")
+    assert (await store.get("tiny-f32")).usage_count == 1
+
+
 async def test_a_damaged_database_is_named_and_breaks_no_load_of_a_path(
     store: ModelStore, model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,8 @@ class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
     ``import``, ``hf:owner/repo/file.gguf``, ``pkg:name``, ``lmstudio`` or ``ollama:name:tag``, with
     the name that Ollama shows: ``tiny``, ``owner/tiny`` or ``hf.co/owner/repo``.
     """
+    pulled_as: tuple[str, ...] = ()
+    """Further ``hf:owner/repo/file.gguf`` that it was found to be when they were pulled."""
     owned: bool
     """Whether the files lie in the store, so that `ModelStore.remove` deletes them."""
     created: datetime

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import operator
 import os
 import re
 from collections.abc import Mapping
@@ -82,7 +83,10 @@ def near(name: str, models: list[StoredModel]) -> str:
 
 def mentions(model: StoredModel, text: str) -> bool:
     """Return whether a record contains a text, which is in lower case."""
-    fields = (model.name, model.architecture, model.quantization, model.source)
+    fields = (
+        *(model.name, model.architecture, model.quantization),
+        *(model.source, *model.pulled_as),
+    )
     return any(text in field.casefold() for field in fields)
 
 
@@ -104,12 +108,13 @@ def fits(source: str, quantization: str | None, ref: HubRef) -> bool:
 def of_hub(models: list[StoredModel], ref: HubRef) -> StoredModel | None:
     """Return the record that fits a reference best, those before others whose files are here."""
     found = [
-        model
+        # What it was pulled as is newer than what a source has been.
+        (not is_here(model), rank(model.quantization), source == model.source, model.name, model)
         for model in models
-        if fits(model.source, quantization_in(model.source) or model.quantization, ref)
+        for source in (model.source, *model.pulled_as)
+        if fits(source, quantization_in(source) or model.quantization, ref)
     ]
-    order = [(not is_here(model), rank(model.quantization), model.name) for model in found]
-    return found[order.index(min(order))] if found else None
+    return min(found, key=operator.itemgetter(slice(4)))[-1] if found else None
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -258,7 +258,8 @@ class ModelStore:
     ) -> StoredModel:
         """Download a model from the Hugging Face hub, and return its record.
 
-        What is here already is not downloaded again. Token, endpoint, cache and offline mode are
+        What is here already is not downloaded again, whatever it came from: its record stays, and
+        the reference leads to it from now on. Token, endpoint, cache and offline mode are
         those of `huggingface_hub` and its environment variables; the extra ``llamactor[hub]``
         installs it. Failures that may pass are tried again. The file gets its name when all of it
         has arrived and its length, checksum and header were found right.
@@ -295,7 +296,9 @@ class ModelStore:
         def work(stop: Stop) -> StoredModel:
             known = self._known_content(model)
             if known is not None:
-                return self._record(known.files, known.source, owned=known.owned, name=name)
+                return self._record(
+                    *(known.files, known.source), owned=known.owned, name=name, pulled=model.source
+                )
             folder = self._folder / model.folder
             if name is not None:
                 models = database.all_models(self._folder)
@@ -501,11 +504,13 @@ class ModelStore:
     def _known_content(self, model: hub.HubModel) -> StoredModel | None:
         """Return a record of the very files that a hub has, if they are here and sound."""
         wanted = [file.sha256 for file in model.files]
-        for known in database.all_models(self._folder) if None not in wanted else ():
-            same = [file.sha256 for file in known.files] == wanted
-            if same and known.quarantined is None and is_here(known):
-                return known
-        return None
+        found = [
+            known
+            for known in database.all_models(self._folder)
+            if [file.sha256 for file in known.files] == wanted and None not in wanted
+            if known.quarantined is None and is_here(known)
+        ]
+        return min(found, key=lambda known: known.source != model.source, default=None)
 
     def _record(
         self,
@@ -516,6 +521,7 @@ class ModelStore:
         name: str | None = None,
         suggested: str | None = None,
         licence: str | None = None,
+        pulled: str | None = None,
     ) -> StoredModel:
         header = read_header(found[0].path)
         model = StoredModel(
@@ -531,6 +537,7 @@ class ModelStore:
             chat_template=header.chat_template,
             license=header.license or licence,
             source=source,
+            pulled_as=(pulled,) if pulled else (),
             owned=owned,
             created=datetime.now(UTC),
         )
