@@ -25,9 +25,10 @@ from llamactor import (
     ModelStore,
     StoredModel,
 )
+from llamactor.store import store as store_module
 from llamactor.store import transfer
 from tests import models
-from tests.conftest import PATIENCE
+from tests.conftest import PATIENCE, meanwhile
 from tests.hub import COMMIT, Hub, running
 
 if TYPE_CHECKING:
@@ -603,6 +604,21 @@ async def test_a_file_whose_record_was_lost_is_not_downloaded_again(
     assert (await store.pull(f"hf:{REPO}")).sha256 == file.sha256
     assert file.sent == len(content)
     assert files_of(store) == [f"{REPO}/{FILE}"]
+
+
+@pytest.mark.parametrize("after", [False, True])
+async def test_what_is_removed_while_it_is_pulled_is_downloaded(
+    hub: Hub, store: ModelStore, content: bytes, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = hub.add(REPO, FILE, content)
+    model = await store.pull(f"hf:{REPO}")
+
+    def remove() -> None:
+        asyncio.run(ModelStore(store.path).remove(model.name))
+
+    meanwhile(monkeypatch, store_module, "read_header", remove, after=after)
+    assert (await store.pull(f"hf:{REPO}")).path.read_bytes() == content
+    assert file.sent == 2 * len(content)
 
 
 async def test_a_damaged_download_is_replaced(hub: Hub, store: ModelStore, content: bytes) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 import sqlite3
 import threading
 from datetime import UTC, datetime
@@ -31,7 +33,7 @@ from llamactor.store.header import header_of
 from llamactor.store.refs import HubRef, is_model_name, kind_of, parse_hub, quantization_in
 from llamactor.store.threads import Stop, off_loop
 from tests import models
-from tests.conftest import PATIENCE, TINYCHAT
+from tests.conftest import PATIENCE, TINYCHAT, meanwhile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -380,6 +382,52 @@ async def test_prune_removes_copies_that_were_given_up(
     assert not left.exists()
 
 
+async def test_prune_passes_over_what_is_finished_meanwhile(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is put in place while the first of its kind is removed."""
+    folder = store.path / "imported"
+    for name in "abc":
+        (folder / f"{files.PARTIAL_IMPORT}{name}").mkdir(parents=True)
+        (folder / f"{files.PARTIAL_IMPORT}{name}" / "x.gguf").write_bytes(bytes(100))
+        (store.path / f"{name}.part").write_bytes(bytes(1000))
+    lock, remove = fcntl.flock, shutil.rmtree
+
+    def finish_files(file: Any, operation: int) -> None:
+        for path in store.path.glob("*.part"):
+            if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                path.rename(path.with_suffix(".gguf"))
+        lock(file, operation)
+
+    def finish_folders(copy: Path, **options: Any) -> None:
+        for path in folder.glob(f"{files.PARTIAL_IMPORT}*"):
+            if path.name != Path(copy).name:
+                path.rename(folder / path.name.removeprefix(files.PARTIAL_IMPORT))
+        remove(copy, **options)
+
+    monkeypatch.setattr(files, "GIVEN_UP", -60.0)
+    monkeypatch.setattr(fcntl, "flock", finish_files)
+    monkeypatch.setattr(shutil, "rmtree", finish_folders)
+    assert await store.prune() == 1100
+    assert len([path for path in store.path.rglob("*.gguf") if path.is_file()]) == 4
+
+
+async def test_prune_leaves_a_download_that_has_just_got_its_name(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, target = store.path / "a.part", store.path / "a.gguf"
+    partial.parent.mkdir()
+    partial.write_bytes(b"whole")
+
+    def finish_and_begin_anew() -> None:
+        partial.rename(target)
+        partial.write_bytes(b"new")
+
+    meanwhile(monkeypatch, fcntl, "flock", finish_and_begin_anew)
+    assert await store.prune() == 0
+    assert (target.read_bytes(), partial.read_bytes()) == (b"whole", b"new")
+
+
 # --- resolving ----------------------------------------------------------------------------------
 
 
@@ -530,6 +578,28 @@ async def test_importing_again_takes_a_changed_file_for_what_it_is(
     second = await store.import_(model_path)
     assert second.sha256 == sha256(model_path) != first.sha256
     assert (second.quarantined, second.notes, second.created) == (None, "kept", first.created)
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["imported again", "put back"])
+async def test_a_file_that_is_put_right_while_it_is_verified_stays_out_of_quarantine(
+    store: ModelStore, model_path: Path, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = (await store.import_(model_path, copy=True)).path
+    flip(copy)
+
+    def put_right() -> None:
+        if again:
+            asyncio.run(ModelStore(store.path).import_(model_path, copy=True))
+        else:
+            right = copy.with_suffix(".new")
+            right.write_bytes(model_path.read_bytes())
+            right.replace(copy)
+
+    told: list[llamactor.DownloadProgress] = []
+    meanwhile(monkeypatch, files, "examine", put_right, after=True)
+    assert [found.ok for found in await store.verify(progress=told.append)] == [True]
+    assert told[-1].fraction == max(state.fraction for state in told) == 1.0
+    assert await store.resolve("tiny-f32") == copy
 
 
 async def test_cancelling_verify_keeps_what_was_found(

@@ -91,7 +91,7 @@ class DownloadProgress(msgspec.Struct, frozen=True):
 
     @property
     def fraction(self) -> float:
-        """Share that is done, 0 to 1; falls only if the hub makes a file be sent again."""
+        """Share that is done, 0 to 1; falls only if a file has to be sent or read again."""
         return self.done_bytes / self.total_bytes if self.total_bytes else 1.0
 
 

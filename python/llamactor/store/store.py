@@ -295,10 +295,10 @@ class ModelStore:
 
         def work(stop: Stop) -> StoredModel:
             known = self._known_content(model)
-            if known is not None:
-                return self._record(
-                    *(known.files, known.source), owned=known.owned, name=name, pulled=model.source
-                )
+            # Another process may remove it just now.
+            with contextlib.suppress(database.VanishedError, ModelNotFoundError):
+                if known is not None:
+                    return self._record_again(known, model.source, name)
             folder = self._folder / model.folder
             if name is not None:
                 models = database.all_models(self._folder)
@@ -512,6 +512,9 @@ class ModelStore:
         ]
         return min(found, key=lambda known: known.source != model.source, default=None)
 
+    def _record_again(self, known: StoredModel, pulled: str, name: str | None) -> StoredModel:
+        return self._record(known.files, known.source, owned=known.owned, name=name, pulled=pulled)
+
     def _record(
         self,
         found: tuple[ModelFile, ...],
@@ -605,21 +608,24 @@ class ModelStore:
         self, model: StoredModel, stop: Stop, reporter: files.Reporter
     ) -> Verification | None:
         """Verify a model and note what was found; None if it was removed meanwhile."""
-        looked_at: list[StoredModel] = []
+        latest, noted, done = model, False, reporter.done
 
         def note(current: StoredModel) -> StoredModel:
-            looked_at[:] = [current]
-            if not _is_same(current, model):
+            nonlocal latest, noted
+            latest = current
+            noted = _is_same(current, model) and (not problem or files.stamps(model) == before)
+            if not noted:
                 return current
             return msgspec.structs.replace(current, quarantined=problem, files=found)
 
-        while True:
+        while not noted:  # again, if it has become another while its bytes were read
+            stop.check()
+            reporter.go_back(done)
+            model, before = latest, files.stamps(latest)
             problem, found = files.examine(model, stop, reporter)
             if not database.change(self._folder, model.name, note):
                 return None
-            if _is_same(looked_at[0], model):
-                return Verification(model.name, problem)
-            model = looked_at[0]  # it has become another while its bytes were read
+        return Verification(model.name, problem)
 
 
 def _is_same(first: StoredModel, second: StoredModel) -> bool:
