@@ -511,6 +511,19 @@ async def test_another_name_for_what_is_recorded_is_refused_before_anything_come
     assert (await store.pull(f"hf:{REPO}", name="Tiny-Q4_K_M")).sha256 == newer.sha256
 
 
+async def test_a_model_of_the_hub_s_cache_is_renewed_under_the_name_that_it_was_given(
+    hub: Hub, store: ModelStore, content: bytes, tmp_path: Path
+) -> None:
+    cached = tmp_path / "cache/models--owner--Tiny-GGUF/snapshots/c1" / FILE
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(content)
+    await store.discover()
+    await store.update("Tiny-Q4_K_M", rename="mine")
+    hub.add(REPO, FILE, content[:-1] + bytes([content[-1] ^ 1]))
+    assert (await store.pull(f"hf:{REPO}", name="mine")).path == store.path / REPO / FILE
+    assert [model.name for model in await store.list(REPO)] == ["mine"]
+
+
 # --- cancelling, and others who do the same -----------------------------------------------------
 
 

@@ -332,6 +332,36 @@ async def test_removing_what_was_only_recorded_leaves_the_file(
         await store.remove("tiny-f32")
 
 
+async def test_what_comes_just_after_it_was_missed_is_removed_and_changed(
+    store: ModelStore, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def come() -> None:
+        asyncio.run(ModelStore(store.path).import_(model_path, name="mine"))
+
+    meanwhile(monkeypatch, database, "change", come, after=True)
+    assert (await store.remove("mine")).path == model_path
+    meanwhile(monkeypatch, database, "change", come, after=True)
+    assert (await store.update("mine", notes="seen")).notes == "seen"
+
+
+async def test_what_is_removed_and_comes_back_while_it_is_verified_is_verified(
+    store: ModelStore, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.import_(model_path, name="mine")
+
+    def go() -> None:
+        asyncio.run(ModelStore(store.path).remove("mine"))
+        meanwhile(monkeypatch, database, "change", come, after=True)
+
+    def come() -> None:
+        asyncio.run(ModelStore(store.path).import_(model_path, name="mine"))
+
+    told: list[llamactor.DownloadProgress] = []
+    meanwhile(monkeypatch, files, "examine", go, after=True)
+    assert [found.ok for found in await store.verify("mine", progress=told.append)] == [True]
+    assert told[-1].fraction == max(state.fraction for state in told) == 1.0
+
+
 async def test_progress_is_told_in_the_loop_and_ends_whole(
     store: ModelStore, model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -436,8 +436,8 @@ class ModelStore:
             total = sum(model.size_bytes for model in models)
             reporter = files.Reporter(loop, progress, total)
             found = [self._verify(model, stop, reporter) for model in models]
-            if name is not None and None in found:
-                self._named(name)  # says what there is instead
+            while name is not None and None in found:  # removed meanwhile; it may have come back
+                found = [self._verify(self._named(name), stop, reporter)]
             return [verification for verification in found if verification is not None]
 
         return await off_loop(work)
@@ -601,8 +601,8 @@ class ModelStore:
             return None
 
     def _change(self, name: str, edit: Callable[[StoredModel], StoredModel | None]) -> None:
-        if not database.change(self._folder, name, edit):
-            self._named(name)  # says what there is instead
+        while not database.change(self._folder, name, edit):
+            self._named(name)  # says what there is instead, unless it has just come
 
     def _verify(
         self, model: StoredModel, stop: Stop, reporter: files.Reporter
@@ -624,6 +624,7 @@ class ModelStore:
             model, before = latest, files.stamps(latest)
             problem, found = files.examine(model, stop, reporter)
             if not database.change(self._folder, model.name, note):
+                reporter.go_back(done)
                 return None
         return Verification(model.name, problem)
 
