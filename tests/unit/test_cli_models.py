@@ -15,7 +15,8 @@ import pytest
 import llamactor
 from llamactor import ModelStore
 from llamactor.cli import main
-from tests.conftest import PATIENCE, TINYCHAT
+from llamactor.store import files
+from tests.conftest import PATIENCE, TINYCHAT, meanwhile
 from tests.hub import Hub, running
 from tests.models import tiny_llama
 from tests.terminals import COMMAND, CONTROL_C, Terminal, outcome, piped
@@ -132,6 +133,20 @@ def test_what_differs_from_its_record_is_quarantined(run: Run) -> None:
     copied.write_bytes(content)
     assert said(run, "verify") == [{"name": "bad", "problem": None}]
     assert "quarantined" not in done(run, "ls")
+
+
+def test_what_is_removed_meanwhile_is_not_verified(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "second", "third"):
+        done(run, "import", shutil.copy(TINYCHAT, home / f"{name}.gguf"))
+
+    def remove() -> None:
+        asyncio.run(ModelStore().remove("second"))
+
+    meanwhile(monkeypatch, files, "examine", remove)
+    assert rows(done(run, "verify")) == [["first", "ok"], ["third", "ok"]]
+    assert rows(done(run, "verify", "third", "first")) == [["third", "ok"], ["first", "ok"]]
 
 
 @pytest.mark.parametrize(

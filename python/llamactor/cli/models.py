@@ -202,11 +202,10 @@ def verify(*names: StoredName, json: Json = False) -> Work:
 
 
 async def _verified(names: tuple[str, ...]) -> list[Verification]:
-    """Check models one by one. Cancelling this stops; what was found wrong stays quarantined."""
+    """Check these models, or all. Cancelling this stops; what was found stays recorded."""
     store = ModelStore()
-    checked = names or [model.name for model in await store.list()]
     found: list[Verification] = []
-    for name in checked:
-        with progress(f"verifying {name}", total=None, in_bytes=True) as bar:
+    for name in names or (None,):
+        with progress(f"verifying {name or 'all'}", total=None, in_bytes=True) as bar:
             found += await store.verify(name, progress=_reporting(bar))
     return found
