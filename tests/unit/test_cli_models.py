@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -382,8 +385,65 @@ def test_presets_are_made_changed_shown_and_removed(run: Run) -> None:
     assert shown["top_k"] == "none"
     assert shown["notes"] == "for stories"
     done(run, "presets", "set", "warm", "--anew", "--seed", "1")
-    assert said(run, "presets", "show", "warm")["generation"] == {"seed": 1}
+    assert said(run, "presets", "show", "warm") == {
+        "name": "warm",
+        "load": {},
+        "generation": {"seed": 1},
+        "notes": "for stories",
+    }
     done(run, "presets", "rm", "warm")
+    assert said(run, "presets") == []
+
+
+@pytest.fixture
+def preset_file(home: Path) -> Path:
+    """Where presets are, in a folder that is there."""
+    folder = home / "xdg_config_home" / "llamactor"
+    folder.mkdir(parents=True)
+    return folder / "presets.toml"
+
+
+def test_options_that_a_preset_has_are_read_while_no_other_process_can_change_them(
+    run: Run, preset_file: Path
+) -> None:
+    os.mkfifo(preset_file)
+    had = "[joint.generation]\nmin_p = 0.5\n"
+    locked: list[bool] = []
+
+    def be_read() -> None:
+        lock = preset_file.with_name(".presets.toml.lock")
+        with preset_file.open("w") as pipe, lock.open("ab") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked.append(False)
+            except BlockingIOError:
+                locked.append(True)
+            preset_file.unlink()
+            preset_file.write_text(had)
+            pipe.write(had)
+
+    reading = threading.Thread(target=be_read, daemon=True)
+    reading.start()
+    done(run, "presets", "set", "joint", "--seed", "1")
+    reading.join(PATIENCE)
+    assert locked == [True]
+    assert said(run, "presets", "show", "joint")["generation"] == {"min_p": 0.5, "seed": 1}
+
+
+def test_a_mistake_in_a_preset_blocks_no_other_and_is_mended_by_commands(
+    run: Run, preset_file: Path
+) -> None:
+    mistake = "[bad.generation]\ntemprature = 1\n"
+    preset_file.write_text(mistake)
+    done(run, "presets", "set", "good", "--seed", "1")
+    done(run, "presets", "show", "good")
+    status, _, err = run("presets", "set", "bad", "--seed", "1")
+    assert status == 1
+    assert "did you mean 'temperature'" in err
+    done(run, "presets", "set", "bad", "--anew", "--seed", "2")
+    assert said(run, "presets", "show", "bad")["generation"] == {"seed": 2}
+    preset_file.write_text(mistake)
+    done(run, "presets", "rm", "bad")
     assert said(run, "presets") == []
 
 
