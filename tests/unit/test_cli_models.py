@@ -108,6 +108,16 @@ def test_models_of_other_programs_are_discovered_where_they_lie(run: Run, home: 
     assert rows(done(run, "ls", "found"))[0][0] == "found-Q8_0"
 
 
+def test_where_no_model_is_it_is_said_how_to_get_one(run: Run) -> None:
+    status, out, err = run("ls")
+    assert (status, rows(out)) == (0, [])
+    assert "llamactor ls --discover" in err
+    assert "llamactor pull" in err
+    assert said(run, "ls") == []
+    done(run, "import", TINYCHAT, "--name", "tiny")
+    assert rows(done(run, "ls", "nothing-like-it")) == []
+
+
 def test_removing_a_model_deletes_only_files_of_the_store(run: Run, home: Path) -> None:
     mine = Path(shutil.copy(TINYCHAT, home / "mine.gguf"))
     done(run, "import", mine)
@@ -201,6 +211,13 @@ def test_a_name_cannot_command_the_terminal(home: Path) -> None:
         finally:
             screen.close()
         assert "\x1b[2J" not in shown
+
+
+def test_a_name_that_is_not_there_cannot_command_the_terminal(run: Run) -> None:
+    status, out, err = run("info", "evil\x1b[2J\x9b.gguf")
+    assert (status, out) == (3, "")
+    assert "evil␛[2J\ufffd.gguf" in err
+    assert "\x1b" not in err
 
 
 def test_a_copy_at_a_terminal_shows_how_far_it_is(home: Path) -> None:
