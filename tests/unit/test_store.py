@@ -712,6 +712,7 @@ async def test_default_options_are_checked_and_given_ready_to_use(
         ({"generation": {"temperature": -1}}, ValueError, "temperature"),
         ({"sampling": {}}, TypeError, "unknown kind"),
         ({"generation": {"logits_processor": print}}, TypeError, "JSON"),
+        ({"generation": {"logit_bias": {5: -1.0}}}, TypeError, "logit_bias cannot have the key 5"),
     ):
         with pytest.raises(error, match=text):
             await store.update("tiny-f32", default_options=wrong)

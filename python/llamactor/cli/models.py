@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from llamactor.cli.flags import Json, StoredName
 from llamactor.cli.tables import counted, show_json, show_table, size
-from llamactor.cli.terminal import Status, Work, complain, progress, write
+from llamactor.cli.terminal import Status, Work, complain, progress, say, write
 from llamactor.store import Capability, ModelStore
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 Name = Annotated[
     str | None, Parameter(metavar="NAME", help="What to call it (a name made of the file's).")
 ]
+
+NO_MODELS = """\
+There are none yet: llamactor pull downloads one, llamactor ls --discover finds those of others.
+"""
 
 
 def ls(
@@ -54,6 +58,8 @@ def ls(
             show_json(models)
         else:
             _show_models(models)
+            if not (models or query or capability):
+                say(NO_MODELS)
         return Status.DONE
 
     return work

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from llamactor import _checks as check
 from llamactor import _core
 from llamactor.errors import ChecksumError, ModelLoadError, ModelNotFoundError
-from llamactor.presets import generation_values, load_values
+from llamactor.presets import check_bias, generation_values, load_values
 from llamactor.store.refs import (
     UNDERSTOOD,
     HubRef,
@@ -210,6 +210,7 @@ def checked_defaults(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
     check.check_known(options, ("load", "generation"), "kind of default options")
     load_values(options.get("load", {}))
     generation_values(options.get("generation", {}))
+    check_bias(options.get("generation", {}))
     try:
         plain: dict[str, dict[str, Any]] = json.loads(json.dumps(options))
     except (TypeError, ValueError) as error:
