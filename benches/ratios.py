@@ -77,9 +77,14 @@ class RawLoop:
         tokens: list[int] = self.ask(f"prompt {length} {seed}")["tokens"]
         return tokens
 
-    def replies(self, streams: int, length: int) -> float:
-        """Return the seconds that replies on so many sequences take, prompts included."""
-        answer = self.ask(f"batched {streams} {PROMPT} {length}")
+    def replies(self, streams: int, length: int, *, telling: bool = False) -> float:
+        """Return the seconds that replies on so many sequences take, prompts included.
+
+        With `telling` a sleeping thread is woken after every step, as whoever hands tokens to
+        another thread must.
+        """
+        way = "telling" if telling else "batched"
+        answer = self.ask(f"{way} {streams} {PROMPT} {length}")
         return float(answer["prefill"] + answer["decode"])
 
     def close(self) -> None:
@@ -333,11 +338,30 @@ async def overhead(plan: Plan) -> AsyncIterator[Row]:
     """What a token costs beyond the bare loop, where the model itself costs next to nothing."""
     async with opened(plan.program, plan.tiny) as pair:
         for n, bound in ((1, 25.0), (STREAMS, 12.0)):
-            tokens = plan.tokens(256)
-            timing = await side_by_side(plan, pair, n, tokens)
-            excess = [seconds * 1e6 / (n * tokens) for seconds in timing.differences()]
-            what = f"tiny, {n} stream{'s' * (n > 1)}, over raw"
-            yield at_most(what, excess, bound, speeds(n * tokens, timing), unit=" µs/token")
+            for row in await over_raw(plan, pair, n, bound):
+                yield row
+
+
+async def over_raw(plan: Plan, pair: Pair, n: int, bound: float) -> list[Row]:
+    """Return what is added per token, and what waking a thread alone would add."""
+    tokens = plan.tokens(256)
+    telling = list[float]()
+
+    def raw() -> float:
+        telling.append(pair.raw.replies(n, tokens, telling=True))
+        return pair.raw.replies(n, tokens)
+
+    timing = await timed(plan, lambda: pair.replies(n, tokens), raw)
+    ours, woken = (
+        [seconds * 1e6 / (n * tokens) for seconds in way.differences()]
+        for way in (timing, Timing(telling[1:], timing.raw))
+    )
+    what = f"tiny, {n} stream{'s' * (n > 1)}, over raw"
+    told = "there, a bare loop that wakes a thread"
+    return [
+        at_most(what, ours, bound, speeds(n * tokens, timing), unit=" µs/token"),
+        at_most(told, woken, None, "", unit=" µs/token"),
+    ]
 
 
 async def depth(plan: Plan) -> AsyncIterator[Row]:

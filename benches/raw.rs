@@ -12,6 +12,8 @@
 //! prompt <n> [seed]                       the token ids that seed's prompt of n tokens consists of
 //! single <prompt> <generated> [seed]      one sequence
 //! batched <n> <prompt> <generated>        n sequences (seeds 0..n), one batch per step
+//! telling <n> <prompt> <generated>        the same, waking a thread after every step: the least that it costs to
+//!                                         hand tokens to anybody else
 //! prefill <n>                             cold prompt up to its first token
 //! abort <n> [delay_ms]                    from the abort flag, raised in a prefill of n tokens, to the return
 //! depth <from> <to>                       cost per token at two depths of one run
@@ -23,14 +25,16 @@
 
 use std::collections::HashMap;
 use std::ffi::CString;
-use std::io::{BufRead, Write};
+use std::fs::File;
+use std::io::{BufRead, Read, Write};
 use std::os::raw::{c_char, c_void};
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use llama_cpp_sys_2 as sys;
+use rustix::event::{EventfdFlags, eventfd};
 
 type Token = i32;
 type Answer = Result<String, String>;
@@ -262,6 +266,8 @@ struct Raw {
     model: Model,
     options: Options,
     prefill_times: HashMap<usize, Duration>,
+    /// Who is told of every step.
+    listener: Option<Listener>,
 }
 
 impl Raw {
@@ -282,6 +288,7 @@ impl Raw {
             model,
             options,
             prefill_times: HashMap::new(),
+            listener: None,
         })
     }
 
@@ -376,6 +383,9 @@ impl Raw {
             for (row, token) in tokens.iter_mut().enumerate() {
                 *token = self.choice(row as i32);
             }
+            if let Some(listener) = &mut self.listener {
+                listener.tell(1);
+            }
             steps.push(start.elapsed() - prefill);
         }
         Ok(Run { prefill, steps })
@@ -406,6 +416,7 @@ impl Raw {
             ("single", [prompt, length]) => self.single(*prompt, *length, 0),
             ("single", [prompt, length, seed]) => self.single(*prompt, *length, *seed),
             ("batched", [n, prompt, length]) => self.batched(*n, *prompt, *length),
+            ("telling", [n, prompt, length]) => self.telling(*n, *prompt, *length),
             ("prefill", [n]) => self.cold(*n),
             ("abort", [n]) => self.abort(*n, None),
             ("abort", [n, delay]) => self.abort(*n, Some(Duration::from_millis(*delay as u64))),
@@ -442,6 +453,13 @@ impl Raw {
         Ok(report(n, length, &run))
     }
 
+    fn telling(&mut self, n: usize, prompt: usize, length: usize) -> Answer {
+        self.listener = Some(Listener::new().map_err(|error| error.to_string())?);
+        let answer = self.batched(n, prompt, length);
+        self.listener = None;
+        answer
+    }
+
     fn cold(&mut self, n: usize) -> Answer {
         let run = self.generate(&[self.prompt(n, 0)], 1)?;
         self.prefill_times.insert(n, run.prefill);
@@ -475,6 +493,39 @@ impl Raw {
         let hit = ended.is_err();
         let latency = returned.saturating_duration_since(raised).as_secs_f64();
         Ok(format!(r#"{{"latency":{latency:.9},"aborted":{hit},"delay":{:.9}}}"#, delay.as_secs_f64()))
+    }
+}
+
+/// A thread that sleeps until it is told something.
+struct Listener {
+    line: File,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Listener {
+    /// More than the steps that it can have missed.
+    const END: u64 = 1 << 32;
+
+    fn new() -> std::io::Result<Self> {
+        let line = File::from(eventfd(0, EventfdFlags::CLOEXEC)?);
+        let mut heard = line.try_clone()?;
+        let listen = move || {
+            let mut count = [0u8; 8];
+            while heard.read_exact(&mut count).is_ok() && u64::from_ne_bytes(count) < Self::END {}
+        };
+        Ok(Self { line, thread: Some(thread::spawn(listen)) })
+    }
+
+    fn tell(&mut self, count: u64) {
+        // Only a counter that overflows could refuse.
+        let _ = self.line.write(&count.to_ne_bytes());
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.tell(Self::END);
+        let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 
