@@ -168,6 +168,49 @@ async def test_a_finished_load_that_nobody_got_is_unloaded(
     await until_unmapped(spoken["gamma"])
 
 
+async def test_a_finished_load_that_is_given_up_stays_for_those_who_found_its_model(
+    runtime: Runtime, spoken: dict[str, Path]
+) -> None:
+    loading = runtime.model(spoken["alpha"], **SMALL)
+    async for _ in loading:
+        pass
+    later = runtime.model(spoken["alpha"])
+    async with runtime.model(spoken["alpha"]) as model:
+        loading.cancel()
+        assert (await model.complete("x", max_tokens=8)).content == SAYS["alpha"]
+        assert (await later).epoch == model.epoch
+    await until(lambda: state(runtime) == "idle")
+    with pytest.raises(LoadCancelledError, match="cancelled by its caller"):
+        await loading
+
+
+async def test_a_finished_load_goes_when_all_who_asked_for_it_have_given_up(
+    runtime: Runtime, spoken: dict[str, Path]
+) -> None:
+    first = runtime.model(spoken["alpha"], **SMALL)
+    async for _ in first:
+        pass
+    second = runtime.model(spoken["alpha"])
+    first.cancel()
+    assert len(runtime.loaded()) == 1
+    second.cancel()
+    assert runtime.loaded() == ()
+    await until_unmapped(spoken["alpha"])
+
+
+@pytest.mark.parametrize("turns", [1, 5, 20, 40])
+async def test_a_load_that_is_being_cancelled_is_nobody_else_s(
+    runtime: Runtime, spoken: dict[str, Path], turns: int
+) -> None:
+    loading = runtime.model(spoken["alpha"], **SMALL)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    loading.cancel()
+    model = await runtime.model(spoken["alpha"], **SMALL)
+    assert model.identifier == "alpha"
+    assert (await model.complete("x", max_tokens=8)).content == SAYS["alpha"]
+
+
 async def test_leaving_the_block_of_a_load_unloads_it(
     runtime: Runtime, spoken: dict[str, Path]
 ) -> None:
@@ -186,6 +229,17 @@ async def test_leaving_the_block_of_a_found_model_only_lets_it_go(
         epoch = model.epoch
     assert state(runtime) == "idle"
     assert model.epoch == epoch
+
+
+async def test_a_loading_that_is_entered_twice_lets_its_model_go_twice(
+    runtime: Runtime, spoken: dict[str, Path]
+) -> None:
+    loading = runtime.model(spoken["alpha"], **SMALL)
+    async with loading, loading:
+        await asyncio.sleep(0)
+        assert runtime.snapshot.models[0].leases == 2
+    assert state(runtime) == "idle"
+    await soon(runtime.unload("alpha"))
 
 
 async def test_a_reference_that_leads_nowhere_keeps_its_kind(
@@ -551,6 +605,26 @@ async def test_cancelling_a_swap_before_the_change_leaves_everything(
     await until_unmapped(spoken["beta"])
 
 
+@pytest.mark.parametrize("turns", range(3))
+async def test_cancelling_a_swap_after_the_change_stops_only_the_waiting(
+    runtime: Runtime, spoken: dict[str, Path], turns: int
+) -> None:
+    handle = await runtime.load(spoken["alpha"], identifier="mine", **SMALL)
+    epoch = handle.epoch
+    swapping = asyncio.create_task(runtime.swap("mine", spoken["beta"], **SMALL))
+    async for _ in runtime.status():
+        if handle.epoch != epoch:
+            break
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    swapping.cancel()
+    await asyncio.wait([swapping])
+    gc.collect()
+    await until(lambda: len(runtime.snapshot.models) == 1)
+    assert (await handle.complete("x", max_tokens=8)).content == SAYS["beta"]
+    await until_unmapped(spoken["alpha"])
+
+
 # --- time to live ---------------------------------------------------------------------------------
 
 
@@ -680,6 +754,25 @@ async def test_closing_stops_loads_and_closes_models(spoken: dict[str, Path], ga
         _ = runtime.model("alpha")
     await runtime.aclose()
     await context.aclose()
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 10])
+async def test_closing_waits_for_a_load_that_was_cancelled(
+    spoken: dict[str, Path], turns: int
+) -> None:
+    runtime = Runtime(memory_limit=None)
+    loading = runtime.load(spoken["alpha"], **SMALL)
+    async for progress in loading:
+        if progress.stage == "weights":
+            break
+    loading.cancel()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await runtime.aclose()
+    assert runtime.snapshot.closed
+    assert not is_mapped(spoken["alpha"])
+    names = {task.get_name() for task in asyncio.all_tasks()}
+    assert not {name for name in names if name.startswith("llamactor")}
 
 
 async def test_cancelling_a_close_stops_only_the_waiting(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llamactor._home import Home
     from llamactor.model import Model
     from llamactor.runtime.estimate import Wanted
+    from llamactor.runtime.loads import Job
     from llamactor.runtime.memory import DeviceUsage
 
 State: TypeAlias = Literal["idle", "busy", "leaving"]
@@ -74,6 +75,8 @@ class Resident:
         self.model = model
         self.usages = usages
         self.epoch = epoch
+        self.job: Job
+        """The load that made it, of which whoever finds it takes a share."""
         self.defaults = GenerationOptions()
         """What its predictions use unless they have their own."""
         self.ttl: float | None = None

@@ -152,8 +152,9 @@ class Runtime:
         request = _request(ref or "", None, preset, ttl, keep=keep, options=options, known=resident)
         if resident is not None:
             self._core.used(resident)
-            return self._loading(Share(self._job(request, resident), self._handle, owns=False))
-        job = next((job for job in self._jobs if _asks_for(job, request.ref)), None)
+            job: Job | None = resident.job
+        else:
+            job = next((job for job in self._jobs if _asks_for(job, request.ref)), None)
         return self._loading(Share(job or self._start(request), self._handle, owns=False))
 
     def get(
@@ -378,13 +379,10 @@ class Runtime:
     # --- how --------------------------------------------------------------------------------------
 
     def _start(self, request: LoadRequest) -> Job:
-        job = self._job(request, None)
+        job = Job(self._core, request, self._prepare)
         self._jobs.append(job)
         job.on_end(lambda: self._jobs.remove(job))
         return job
-
-    def _job(self, request: LoadRequest, resident: Resident | None) -> Job:
-        return Job(self._core, request, self._prepare, resident)
 
     def _loading(self, share: Share) -> Loading[ModelHandle]:
         return Loading(share)
@@ -394,7 +392,7 @@ class Runtime:
 
     def _taken(self) -> set[str | None]:
         names = {resident.identifier for resident in self._core.residents}
-        return {*names, *(job.identifier for job in self._jobs)} - {None}
+        return {*names, *(job.identifier for job in self._jobs if not job.stopped)} - {None}
 
     def _loaded_as(self, ref: str | os.PathLike[str] | None) -> Resident | None:
         """The model that was loaded by this name, reference or path."""
@@ -463,7 +461,7 @@ def _request(
 
 def _asks_for(job: Job, ref: str) -> bool:
     """Whether a load under way will give what is asked for."""
-    waited_for = not job.done and job.request.replaces is None
+    waited_for = not (job.done or job.stopped) and job.request.replaces is None
     return waited_for and (job.identifier == ref or _same(ref, job.request.ref, ""))
 
 
