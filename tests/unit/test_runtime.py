@@ -826,6 +826,24 @@ def test_a_runtime_belongs_to_one_loop(spoken: dict[str, Path]) -> None:
         _ = runtime.load(spoken["alpha"])
 
 
+async def test_closing_from_another_loop_is_refused_and_changes_nothing(
+    spoken: dict[str, Path],
+) -> None:
+    runtime = Runtime(memory_limit=None)
+    model = await runtime.load(spoken["alpha"], **SMALL)
+
+    async def close(what: Runtime | ModelHandle) -> None:
+        with pytest.raises(RuntimeError, match="bound to the event loop"):
+            await what.aclose()
+
+    for what in (model, runtime):
+        await asyncio.to_thread(lambda what=what: asyncio.run(close(what)))  # type: ignore[misc]
+        assert (await model.complete("x", max_tokens=8)).content == SAYS["alpha"]
+    await soon(runtime.aclose())
+    assert runtime.snapshot.closed
+    assert not is_mapped(spoken["alpha"])
+
+
 async def test_wrong_arguments_raise_at_the_call(runtime: Runtime) -> None:
     with pytest.raises(TypeError, match="did you mean 'context_size'"):
         _ = runtime.load("x", contxt_size=5)  # type: ignore[call-arg]

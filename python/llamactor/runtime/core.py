@@ -280,7 +280,12 @@ class RuntimeCore:
             _ = self.begin_unloading(resident)
 
     def begin_unloading(self, resident: Resident, *, drain: bool = True) -> asyncio.Task[Any]:
-        """Let nobody find it, and close it once what runs there has ended, or at once."""
+        """Let nobody find it, and close it once what runs there has ended, or at once.
+
+        Raises:
+            RuntimeError: another loop runs, or none; nothing has changed then.
+        """
+        _ = self.bind_loop()
         self.residents.unbind(resident)
         self.changed()
         return self.finish_unloading(resident, drain=drain)
@@ -334,7 +339,8 @@ class RuntimeCore:
 
     async def ended(self) -> None:
         """Wait until everything that was started has ended; cancelling stops the waiting only."""
-        if self._tasks:
+        if self._loop is not None and self._tasks:
+            check_loop(self._loop, "a runtime")
             await asyncio.wait(self._tasks)
 
 

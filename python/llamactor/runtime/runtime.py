@@ -350,8 +350,12 @@ class Runtime:
         """Stop all loads and close all models; idempotent. What runs fails with `ClosedError`.
 
         Cancelling this does not stop the closing, only the waiting for it.
+
+        Raises:
+            RuntimeError: called outside of the runtime's event loop; nothing was closed.
         """
         if not self._core.closed:
+            self._core.bind_loop()
             for job in list(self._jobs):
                 job.stop()
             self._core.close()
