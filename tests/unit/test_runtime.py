@@ -285,6 +285,26 @@ async def test_a_handle_finds_by_name_path_folder_and_architecture(
         assert handle.info is None
 
 
+async def test_a_path_may_be_given_in_another_way_than_the_model_was_loaded_by(
+    runtime: Runtime, spoken: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = spoken["alpha"].parent
+    monkeypatch.chdir(folder.parent)
+    await runtime.load(f"{folder.name}/alpha.gguf", **SMALL)
+    above = f"../{folder.parent.name}"
+    for place in (
+        f"./{folder.name}",
+        f"{above}/{folder.name}",
+        f"{above}/{folder.name}/alpha.gguf",
+    ):
+        assert runtime.get(path=place).identifier == "alpha", place
+        assert runtime.get(place).identifier == "alpha", place
+    for path in (folder.name, folder, "."):
+        assert runtime.get(path=path).identifier == "alpha", path
+    assert runtime.get(folder.name).identifier is None  # a bare word is a name, and no folder
+    assert runtime.get(path=f"{folder.name}/alph").identifier is None
+
+
 async def test_of_several_models_a_handle_means_the_one_used_last(
     runtime: Runtime, spoken: dict[str, Path]
 ) -> None:
