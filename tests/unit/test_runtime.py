@@ -879,6 +879,8 @@ async def test_wrong_arguments_raise_at_the_call(runtime: Runtime) -> None:
         _ = runtime.model("x", sequences=1000)
     with pytest.raises(ValueError, match="threads must be between"):
         Runtime(threads=0)
+    with pytest.raises(TypeError, match=r"presets must be Presets or None, not 'x\.toml'"):
+        Runtime(presets="x.toml")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="drain must be True or False"):
         await runtime.swap("x", "y", drain="yes")  # type: ignore[arg-type]
 

@@ -52,7 +52,8 @@ class Runtime:
         Args:
             models_dir: Folder of the model store; None is the user's own.
             memory_limit: What the models may take together: bytes, ``"6GiB"``, or a share of the
-                memory of each device, of which never more than is free; None has no limit.
+                memory of each device, of which never more than is free; None has no limit. Of
+                GPUs there is never more than is free, whatever the limit.
             threads: Compute threads of each context, unless a load has its own; None leaves the
                 loop a core.
             log_level: How much of llama.cpp's log goes to stderr, for the whole process; None
@@ -65,6 +66,8 @@ class Runtime:
         """
         if threads is not None:
             check.check_int("threads", threads, 1, 512, hint="None leaves the loop a core")
+        if not isinstance(presets, Presets | None):
+            raise TypeError(f"presets must be Presets or None, not {check.describe(presets)}")
         if log_level is not None:
             set_log_level(log_level)
         folder = None if models_dir is None else check.check_path("models_dir", models_dir)
@@ -215,9 +218,11 @@ class Runtime:
         self._core.bind_loop()
         if drain != "refuse":
             check.check_bool("drain", drain)
-        resident = self._core.residents.named(check.check_text("identifier", identifier))
+        name = check.check_text("identifier", identifier)
         if drain == "refuse":
             await asyncio.sleep(0)  # what was delivered just now is held until its caller suspends
+        resident = self._core.residents.named(name)
+        if drain == "refuse":
             self._core.refuse_if_busy(resident)
         await self._core.unloaded(resident, drain=drain is not False)
 
