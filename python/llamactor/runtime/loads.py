@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from llamactor.errors import LoadCancelledError
+from llamactor.errors import InsufficientMemoryError, LoadCancelledError
 from llamactor.loading import Loading, LoadProgress, NativeLoad, Stage
 from llamactor.prediction import report_to_loop
 from llamactor.runtime.core import RuntimeCore, Waiting
@@ -175,13 +175,16 @@ class Job:
 
     async def _load(self) -> Resident:
         prepared: Prepared = await self._prepare(self)
-        found = await self.core.estimate(prepared.wanted)
-        waiting = Waiting(prepared.identifier, found.usages, self.request.replaces)
+        ref, replaces = self.request.ref, self.request.replaces
+        found = await self.core.estimate(prepared.wanted, replaces)
+        waiting = Waiting(prepared.identifier, found.usages, replaces)
         try:
-            await self.core.admit(self.request.ref, found, waiting, self._wait)
+            await self.core.admit(ref, found, waiting, self._wait)
             model = await self._load_native(found.wanted)
-        except BaseException:
+        except BaseException as error:
             self.core.withdraw(waiting)
+            if isinstance(error, InsufficientMemoryError) and error.plan is None:
+                error.plan = await self.core.plan(ref, found, replaces)
             raise
         return self._settle(prepared, found, waiting, model)
 
@@ -190,7 +193,7 @@ class Job:
         loading = Loading(native)
         try:
             async for progress in loading:
-                if not native.done:
+                if not native.done and progress.stage != "resolving":  # that is over
                     share = 1.0 - self._base
                     self._advance(progress.stage, self._base + share * progress.fraction)
             return native.deliver()
