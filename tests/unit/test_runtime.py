@@ -25,6 +25,7 @@ from llamactor import (
 from llamactor.chat.tools import ToolKeywords
 from tests.conftest import PATIENCE
 from tests.contexts import soon, until
+from tests.models import tiny_llama
 from tests.speaking import SAYS, SMALL
 from tests.unit.test_loading import is_mapped, until_unmapped
 
@@ -844,6 +845,22 @@ def test_a_runtime_belongs_to_one_loop(spoken: dict[str, Path]) -> None:
     asyncio.run(close())
     with pytest.raises(RuntimeError, match="running asyncio event loop"):
         _ = runtime.load(spoken["alpha"])
+
+
+def test_a_finished_load_that_outlives_its_loop_can_be_cancelled(tmp_path: Path) -> None:
+    path = tiny_llama(tmp_path / "model.gguf")
+
+    async def load() -> llamactor.Loading[ModelHandle]:
+        loading = Runtime(memory_limit=None).load(path, **SMALL)
+        async for _ in loading:
+            pass
+        return loading
+
+    loading = asyncio.run(load())
+    loading.cancel()
+    del loading
+    with pytest.warns(ResourceWarning, match="unclosed <Model"):
+        gc.collect()
 
 
 async def test_closing_from_another_loop_is_refused_and_changes_nothing(

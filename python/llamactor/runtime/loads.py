@@ -138,7 +138,7 @@ class Job:
 
     def _stop_if_unwanted(self) -> None:
         """Stop it, or unload what it has loaded, if everybody has given up."""
-        if self.shares or self.taken:
+        if self.shares or self.taken or self.loop.is_closed():
             return
         if not self.done:
             self.stop()
@@ -184,7 +184,8 @@ class Job:
         except BaseException as error:
             self.core.withdraw(waiting)
             if isinstance(error, InsufficientMemoryError) and error.plan is None:
-                error.plan = await self.core.plan(ref, found, replaces)
+                plan = await self.core.plan(ref, found, replaces)
+                error.plan = msgspec.structs.replace(plan, fits=False)
             raise
         return self._settle(prepared, found, waiting, model)
 
