@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvloop
@@ -84,6 +84,29 @@ def gate() -> Iterator[Gate]:
     gate = Gate()
     yield gate
     gate.open()
+
+
+def meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+    place: object,
+    name: str,
+    act: Callable[[], object],
+    *,
+    after: bool = False,
+) -> None:
+    """Do something just before, or after, the next call of a function, as another process may."""
+    function = getattr(place, name)
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(place, name, function)
+        if not after:
+            act()
+        result = function(*arguments, **options)
+        if after:
+            act()
+        return result
+
+    monkeypatch.setattr(place, name, called)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -39,6 +39,17 @@ def programs_of(guide: str) -> dict[str, str]:
     return found
 
 
+def linked_anchors(guide: str) -> set[str]:
+    """What its links into itself lead to."""
+    return set(re.findall(r"\(#([\w-]+)\)", guide))
+
+
+def anchors(guide: str) -> set[str]:
+    """What its headings, but for the title, can be linked by."""
+    headings = re.findall(r"^##+ (.*)$", guide, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).replace(" ", "-").lower() for title in headings}
+
+
 class Runs:
     """Runs programs of a guide in one folder, each once."""
 

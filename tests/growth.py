@@ -15,10 +15,27 @@ from pathlib import Path
 
 import llamactor
 from tests.models import FIRST_BYTE, tiny_llama
-from tests.usage import Usage
+from tests.usage import trim
 
 PROMPT = 600
 """Tokens, if the context has room: a whole micro-batch touches all buffers."""
+
+
+def taken() -> int:
+    """Bytes that the process has in memory of its own, and of model files.
+
+    Pages of programs and libraries do not count: the system may take them and give them back at
+    any time, and a busy one does so while this is measured.
+    """
+    trim()
+    total, is_model = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        name, *values = line.split(maxsplit=1)
+        if not name.endswith(":"):
+            is_model = line.endswith(".gguf")
+        elif name in {"Anonymous:", "Swap:"} or (is_model and name == "Rss:"):
+            total += int(values[0].split()[0]) * 1024
+    return total
 
 
 async def use(model: llamactor.ModelHandle, context_size: int) -> None:
@@ -34,10 +51,10 @@ async def main(ref: str, context_size: int) -> None:
             warm = tiny_llama(Path(folder) / "warm.gguf")
             async with runtime.load(warm, context_size=512, threads=1) as model:
                 await use(model, 512)
-        before = Usage.now()
+        before = taken()
         model = await runtime.load(ref, context_size=context_size, threads=1)
         await use(model, context_size)
-        grown = Usage.now().resident - before.resident
+        grown = taken() - before
         assert model.loaded is not None
         print(model.loaded.memory_bytes, grown)  # noqa: T201 -- for whoever started this
 

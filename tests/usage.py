@@ -20,6 +20,14 @@ class Mallinfo(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_size_t) for name in MALLINFO)
 
 
+def trim() -> ctypes.CDLL:
+    """Give back what nobody needs; return the C library."""
+    gc.collect()
+    library = ctypes.CDLL(None)
+    library.malloc_trim(0)
+    return library
+
+
 class Usage(NamedTuple):
     """What this process has."""
 
@@ -32,9 +40,7 @@ class Usage(NamedTuple):
 
     @classmethod
     def now(cls) -> Usage:
-        gc.collect()
-        library = ctypes.CDLL(None)
-        library.malloc_trim(0)
+        library = trim()
         library.mallinfo2.restype = Mallinfo
         heap = library.mallinfo2()
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])

@@ -121,8 +121,8 @@ class ChatTemplateError(LlamactorError, ValueError):
     """A chat template cannot be read, failed, or refuses these messages."""
 
 
-class ToolCallError(LlamactorError):
-    """A model called a tool that is not there, with wrong arguments, or against the guard."""
+class _CallError(LlamactorError):
+    """Something went wrong with a call of a tool."""
 
     def __init__(self, message: str, call: ToolCall) -> None:
         """Say what is wrong with which call."""
@@ -135,18 +135,12 @@ class ToolCallError(LlamactorError):
         return str(self.args[0])
 
 
-class ToolExecutionError(LlamactorError):
+class ToolCallError(_CallError):
+    """A model called a tool that is not there, with wrong arguments, or against the guard."""
+
+
+class ToolExecutionError(_CallError):
     """The handler of a tool failed or took too long; `__cause__` is what it raised."""
-
-    def __init__(self, message: str, call: ToolCall) -> None:
-        """Say what went wrong in which call."""
-        super().__init__(message, call)
-        self.call = call
-        """The call."""
-
-    def __str__(self) -> str:
-        """Return the message."""
-        return str(self.args[0])
 
 
 class SchemaValidationError(LlamactorError, ValueError):

@@ -26,16 +26,19 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
 from llamactor import _checks as check
 from llamactor.errors import PresetNotFoundError
+from llamactor.grammar import Grammar
 from llamactor.options import (
+    ContextOptions,
     Dry,
     DynamicTemperature,
     GenerationOptions,
+    LoadOptions,
     Mirostat,
     RepeatPenalty,
     TokenBatching,
@@ -52,15 +55,25 @@ T = TypeVar("T")
 FILE_NAME: Final = "presets.toml"
 """The file, in the user's configuration folder."""
 
-_TABLES: Final[dict[str, Callable[..., Any]]] = {
+Keep: TypeAlias = Literal["parts", "options", "notes"]
+"""What stays of a preset that is set; see `Presets.set`."""
+
+_TABLES: Final[Mapping[str, type[msgspec.Struct]]] = {
     "xtc": Xtc,
     "dry": Dry,
     "mirostat": Mirostat,
     "dynamic_temperature": DynamicTemperature,
     "repeat_penalty": RepeatPenalty,
     "token_batching": TokenBatching,
+    "grammar": Grammar,
 }
-_SECTIONS: Final = ("load", "generation", "notes")
+_DEFAULTS: Final = {
+    name: value
+    for options in (GenerationOptions(), LoadOptions(), ContextOptions())
+    for name, value in msgspec.structs.asdict(options).items()
+}
+_OPTIONS: Final = ("load", "generation")
+_SECTIONS: Final = (*_OPTIONS, "notes")
 
 
 class Preset(msgspec.Struct, frozen=True):
@@ -113,34 +126,32 @@ class Presets:
         load: Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
         notes: str | None = None,
+        keep: Keep = "parts",
     ) -> Preset:
-        """Make a preset, or replace these parts of one, and return it.
+        """Make a preset, or change one, and return it; mistakes in others do not matter.
 
         Once cancelled it may have happened or not; the file is whole in either case.
 
         Args:
             name: What to call it.
-            load: Options by name; an empty mapping removes them.
-            generation: Options by name; an empty mapping removes them.
+            load: Options by name.
+            generation: Options by name.
             notes: Anything.
+            keep: What stays of the one that is there: the ``"parts"`` that are not given (an empty
+                mapping removes all options of one), all ``"options"`` that are not given, or no
+                more than the ``"notes"``, whatever mistakes the rest has.
 
         Raises:
             TypeError: An option is unknown, has the wrong type, or cannot be written to a file.
             ValueError: An option is out of range.
         """
         check.check_text("name", name, empty=False)
-        given: dict[str, Any] = {}
-        if load is not None:
-            load_values(load)
-            given["load"] = _plain("load", load)
-        if generation is not None:
-            generation_values(generation)
-            given["generation"] = _plain("generation", generation)
-        if notes is not None:
-            given["notes"] = check.check_text("notes", notes)
+        check.check_choice("keep", keep, ("parts", "options", "notes"))
+        given = _given(load, generation, notes)
 
         def edit(tables: dict[str, Any]) -> Preset:
-            tables[name] = {**tables.get(name, {}), **given}
+            with self._naming(name):
+                tables[name] = _changed(tables.get(name, {}), given, keep)
             return self._preset(name, tables)
 
         return await asyncio.to_thread(self._edit, edit)
@@ -148,13 +159,17 @@ class Presets:
     async def remove(self, name: str) -> Preset:
         """Remove a preset and return what it was; once cancelled it may have happened or not.
 
+        One that has a mistake in the file is returned without options and notes.
+
         Raises:
             PresetNotFoundError: There is none of this name.
         """
         check.check_text("name", name, empty=False)
 
         def edit(tables: dict[str, Any]) -> Preset:
-            preset = self._preset(name, tables)
+            preset = Preset(name)
+            with contextlib.suppress(TypeError, ValueError):
+                preset = self._preset(name, tables)
             del tables[name]
             return preset
 
@@ -166,10 +181,8 @@ class Presets:
             there = f"there are {', '.join(sorted(tables))}" if tables else "there are none"
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else there
             raise PresetNotFoundError(f"no preset {name!r} in {self._path}; {hint}")
-        table = tables[name]
-        try:
-            if not isinstance(table, Mapping):
-                raise TypeError(f"it must be a table, not {check.describe(table)}")
+        with self._naming(name):
+            table = _table(tables[name])
             check.check_known(table, _SECTIONS, "part of a preset")
             return Preset(
                 name,
@@ -177,6 +190,12 @@ class Presets:
                 generation_values(table.get("generation", {})),
                 check.check_text("notes", table.get("notes", "")),
             )
+
+    @contextlib.contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Say of a mistake in the block where it is."""
+        try:
+            yield
         except (TypeError, ValueError) as error:
             raise type(error)(f"preset {name!r} of {self._path}: {error}") from None
 
@@ -224,7 +243,7 @@ def load_values(options: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: An option is unknown or has the wrong type.
         ValueError: An option is out of range.
     """
-    values = dict(_mapping("load", options))
+    values = _with_none(_mapping("load", options), _DEFAULTS)
     if "lora" in values:  # a pair of a path and a scale is a list in a file
         adapters = check.check_items("lora", values["lora"])
         values["lora"] = [tuple(item) if isinstance(item, list) else item for item in adapters]
@@ -239,30 +258,41 @@ def generation_values(options: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: An option is unknown or has the wrong type.
         ValueError: An option is out of range.
     """
-    check.check_known(
-        _mapping("generation", options), GenerationOptions.__struct_fields__, "generation option"
-    )
-    values = {name: _generation_value(name, value) for name, value in options.items()}
+    values = _with_none(_mapping("generation", options), _DEFAULTS)
+    check.check_known(values, GenerationOptions.__struct_fields__, "generation option")
+    for name, value in values.items():
+        if name in _TABLES and isinstance(value, Mapping):
+            values[name] = _value_of_table(name, value)
     generation_options(values)
     return values
 
 
-_DEFAULTS: Final = msgspec.structs.asdict(GenerationOptions())
+def check_bias(generation: Mapping[str, Any]) -> None:
+    """Raise `TypeError` for a token that is biased by its id, which a file would make a text of."""
+    for token in generation.get("logit_bias") or ():
+        if not isinstance(token, str):
+            raise TypeError(
+                f"logit_bias cannot have the key {check.describe(token)} here: keys in a file are "
+                "texts; give the token by its text"
+            )
 
 
-def _generation_value(name: str, value: Any) -> Any:
-    if value is False and not isinstance(_DEFAULTS[name], bool):
-        return None
-    if name not in _TABLES or not isinstance(value, Mapping):
-        return value
+# --- values and files ---------------------------------------------------------------------------
+
+
+def _value_of_table(name: str, table: Mapping[str, Any]) -> msgspec.Struct:
     kind = _TABLES[name]
-    check.check_known(value, kind.__struct_fields__, f"{name} option")  # type: ignore[attr-defined]
-    return kind(
-        **{
-            key: None if item is False and key == "last_tokens" else item
-            for key, item in value.items()
-        }
-    )
+    check.check_known(table, kind.__struct_fields__, f"{name} option")
+    usual = {field.name: field.default for field in msgspec.structs.fields(kind)}
+    return kind(**_with_none(table, usual))
+
+
+def _with_none(options: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with None for each false but those that are usually true or false."""
+    return {
+        name: None if value is False and not isinstance(usual.get(name), bool) else value
+        for name, value in options.items()
+    }
 
 
 def _mapping(name: str, options: object) -> Mapping[str, Any]:
@@ -271,27 +301,77 @@ def _mapping(name: str, options: object) -> Mapping[str, Any]:
     return options
 
 
-def _plain(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as a file has them."""
-    return {key: _plain_value(key, value) for key, value in _mapping(name, options).items()}
+def _table(value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"it must be a table, not {check.describe(value)}")
+    return value
+
+
+def _given(
+    load: Mapping[str, Any] | None, generation: Mapping[str, Any] | None, notes: str | None
+) -> dict[str, Any]:
+    """Return the parts of a preset that are not None, checked, as a file has them."""
+    given: dict[str, Any] = {}
+    if load is not None:
+        load_values(load)
+        given["load"] = _plain(load)
+    if generation is not None:
+        generation_values(generation)
+        check_bias(generation)
+        given["generation"] = _plain(generation)
+    if notes is not None:
+        given["notes"] = check.check_text("notes", notes)
+    return given
+
+
+def _changed(table: object, given: Mapping[str, Any], keep: Keep) -> dict[str, Any]:
+    """Return the table of a preset with what is given, and of what it has that which stays."""
+    if keep == "notes":
+        notes = table.get("notes") if isinstance(table, Mapping) else None
+        return {**({"notes": notes} if isinstance(notes, str) else {}), **given}
+    parts = _table(table)
+    if keep == "options":
+        given = {
+            part: {**_mapping(part, parts.get(part, {})), **value} if part in _OPTIONS else value
+            for part, value in given.items()
+        }
+    return {**parts, **given}
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options, or the fields of one, as a file has them."""
+    return {name: _plain_option(name, value) for name, value in options.items()}
+
+
+def _plain_option(name: str, value: Any) -> Any:
+    if value is None:
+        return False
+    if name in _TABLES and isinstance(value, _TABLES[name]):
+        return _plain(_unusual(value))
+    if name in _TABLES and isinstance(value, Mapping):
+        return _plain(value)
+    return _plain_value(name, value)
+
+
+def _unusual(value: msgspec.Struct) -> dict[str, Any]:
+    """Return the fields that are not as they are when they are not given."""
+    fields = {field.name: field.default for field in msgspec.structs.fields(value)}
+    given = msgspec.structs.asdict(value).items()
+    return {name: item for name, item in given if item != fields[name]}
 
 
 def _plain_value(name: str, value: Any) -> Any:
-    if value is None:
-        return False
-    if isinstance(value, msgspec.Struct):
-        usual = type(value)()
-        given = msgspec.structs.asdict(value).items()
-        return _plain(name, {key: item for key, item in given if item != getattr(usual, key)})
     if isinstance(value, Mapping):
-        return _plain(name, value)
+        return {key: _plain_value(name, item) for key, item in value.items()}
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, (list, tuple)):
         return [_plain_value(name, item) for item in value]
     if isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"{name} cannot be {check.describe(value)} in a preset: a file cannot hold it")
+    raise TypeError(
+        f"{name} cannot be or have {check.describe(value)} in a preset: a file cannot hold it"
+    )
 
 
 @contextlib.contextmanager

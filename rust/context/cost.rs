@@ -15,6 +15,11 @@
 //! After that a trial must be affordable: the time a trial is likely to lose, doubled with every
 //! trial that led nowhere, is saved up at [`TRIAL_SHARE`] of the running time. So what trials lose in
 //! the long run stays below that share, however wrong the guesses are.
+//!
+//! *Doubt.* Machines that are shared change their speed from one second to the next, and not by the same
+//! factor at every width. So when decoding begins anew, or a call of the width in use costs something
+//! else, the narrowest and the widest calls are tried again at once: one call each where all is as it
+//! was. The longer that changes nothing, the rarer it is.
 
 /// A narrower width must make the round shorter by this factor, and a wider one is taken when its
 /// round is at most longer by it than the best. So, trials aside, a round takes at most `1 + MARGIN`
@@ -22,12 +27,16 @@
 pub const MARGIN: f64 = 0.02;
 
 /// The share of the running time that repeated trials may lose.
-pub const TRIAL_SHARE: f64 = 0.01;
+pub const TRIAL_SHARE: f64 = 0.005;
 
 /// A round at this many times the best one needs no further calls to be judged.
 const HOPELESS: f64 = 6.0;
 /// The same, once it is known what a change of width costs.
 const POOR: f64 = 1.5;
+/// The same, for a width that is tried again out of doubt.
+const WORSE: f64 = 1.1;
+/// What was worse by this factor is not tried again out of doubt.
+const UNLIKELY: f64 = 2.0;
 /// Calls at the same width that end a trial.
 const TRIAL_CALLS: u32 = 2;
 /// Asks for a width after which a trial ends though the records do not come.
@@ -36,6 +45,10 @@ const TRIAL_ASKS: u32 = 8;
 const PAUSE: u64 = 32;
 /// A width not used for so many recorded calls is learnt anew.
 const STALE: u64 = 64;
+/// Recorded calls between two doubts when decoding begins anew, at least and at most.
+const CERTAIN: std::ops::RangeInclusive<u64> = 64..=512;
+/// The same, where a changed cost is the reason.
+const LEAST_CERTAIN: u64 = 12;
 /// How often the price of a trial doubles at most.
 const MOST_FAILS: u32 = 3;
 /// The price of a trial is at most so many rounds, before doubling.
@@ -45,7 +58,7 @@ const MONOTONE: f64 = 0.9;
 /// The same, of what the known widths on both sides let expect.
 const BETWEEN: f64 = 0.75;
 /// A change of cost by this factor is another load: what failed may now succeed.
-const DRIFT: f64 = 1.3;
+const DRIFT: f64 = 1.15;
 /// Calls that take longer than a day are the clock's mistake.
 const LONGEST: f64 = 86_400.0;
 
@@ -67,6 +80,17 @@ pub struct CostModel {
     reference: (usize, f64),
     /// Calls recorded so far.
     now: u64,
+    doubt: Doubt,
+}
+
+/// When what is known was last doubted.
+#[derive(Debug, Default)]
+struct Doubt {
+    at: u64,
+    /// Calls until decoding that begins anew is reason for the next.
+    pause: u64,
+    /// Whether another width was chosen since.
+    was_right: bool,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -77,12 +101,16 @@ struct Width {
     n_seen: u64,
     last: u64,
     fails: u32,
+    /// Whether what is known may be of another time.
+    doubted: bool,
 }
 
 #[derive(Debug)]
 struct Trial {
     width: usize,
     price: f64,
+    /// Whether it is tried out of doubt.
+    again: bool,
     n_calls: u32,
     n_same: u32,
     n_asks: u32,
@@ -102,6 +130,7 @@ impl CostModel {
             quiet_until: 0,
             reference: (0, 0.0),
             now: 0,
+            doubt: Doubt::default(),
         }
     }
 
@@ -113,6 +142,9 @@ impl CostModel {
             return;
         }
         self.now += 1;
+        if previous == 0 && self.now - self.doubt.at >= self.doubt.pause {
+            self.doubt();
+        }
         let before = self.same(width);
         self.learn_change(previous, width, seconds);
         self.widths[width].record(previous == width, seconds, self.now);
@@ -132,7 +164,8 @@ impl CostModel {
         }
         self.settle(ready);
         if let Some((width, price)) = self.next_trial(ready) {
-            self.trial = Some(Trial { width, price, n_calls: 0, n_same: 0, n_asks: 1 });
+            let again = self.widths[width].doubted;
+            self.trial = Some(Trial { width, price, again, n_calls: 0, n_same: 0, n_asks: 1 });
             return width;
         }
         self.chosen[ready]
@@ -225,7 +258,8 @@ impl CostModel {
         };
         let last = self.widths[chosen].last;
         let known = |width: usize| {
-            let fresh = self.widths[width].last.abs_diff(last) <= STALE;
+            let known = &self.widths[width];
+            let fresh = !known.doubted && known.last.abs_diff(last) <= STALE;
             Some((width, self.round(ready, width).filter(|_| fresh)?))
         };
         let rounds = || candidates(ready).filter_map(known);
@@ -236,6 +270,7 @@ impl CostModel {
         };
         // Back to a wider one only when it is no slower: the margin keeps the choice from flapping.
         if width < chosen || round <= now {
+            self.doubt.was_right |= width != chosen;
             self.chosen[ready] = width;
         }
     }
@@ -261,7 +296,11 @@ impl CostModel {
         let (Some(round), Some(best)) = rounds else {
             return false;
         };
-        let enough = if self.change.len > 0 { POOR } else { HOPELESS };
+        let enough = match (trial.again, self.change.len > 0) {
+            (true, _) => WORSE,
+            (false, true) => POOR,
+            (false, false) => HOPELESS,
+        };
         trial.n_same >= TRIAL_CALLS || (trial.n_calls > 0 && round > enough * best)
     }
 
@@ -271,6 +310,8 @@ impl CostModel {
         let known = &mut self.widths[trial.width];
         if self.chosen[ready] == trial.width {
             known.fails = 0;
+        } else if trial.again {
+            self.credit -= lost;
         } else if trial.price > 0.0 {
             known.fails = (known.fails + 1).min(MOST_FAILS);
             self.credit -= trial.price.max(lost);
@@ -300,11 +341,18 @@ impl CostModel {
 
     /// May it be better, with too little known to tell?
     fn is_urgent(&self, ready: usize, width: usize, best: f64) -> bool {
+        let near = |factor: f64| self.round(ready, width).is_some_and(|round| round <= factor * best);
         match self.widths[width].n_seen {
             0 => self.round_at(ready, width, self.hope(width)) < best,
-            1 | 2 => self.round(ready, width).is_some_and(|round| round <= POOR * best),
-            _ => false,
+            1 | 2 => near(POOR),
+            _ => self.is_doubtful(ready, width) && near(UNLIKELY),
         }
+    }
+
+    /// Is it to be compared again with the width in use, now that this one was seen again?
+    fn is_doubtful(&self, ready: usize, width: usize) -> bool {
+        let extreme = width == 1 || width == ready;
+        extreme && self.widths[width].doubted && !self.widths[self.chosen[ready]].doubted
     }
 
     /// What must be saved up before the width is tried again.
@@ -331,12 +379,24 @@ impl CostModel {
         }
     }
 
+    /// What is known may be of another time. The less often that is so, the less often it is asked.
+    fn doubt(&mut self) {
+        let Doubt { pause, was_right, .. } = self.doubt;
+        let pause = if was_right { 0 } else { 2 * pause };
+        self.doubt = Doubt { at: self.now, pause: pause.clamp(*CERTAIN.start(), *CERTAIN.end()), was_right: false };
+        self.widths.iter_mut().for_each(|width| width.doubted = true);
+    }
+
     /// After a change of the load, what failed may succeed. The width in use shows it by a slow or
     /// sudden change, the others by having become faster (slower may be one disturbed call).
     fn note_drift(&mut self, width: usize, before: Option<f64>) {
         let Some(cost) = self.same(width) else { return };
         let (at, reference) = self.reference;
         let in_use = at == width && (cost > reference * DRIFT || reference > cost * DRIFT);
+        if in_use && self.now - self.doubt.at >= LEAST_CERTAIN {
+            self.doubt.was_right = true;
+            self.doubt();
+        }
         if in_use || before.is_some_and(|before| before > cost * DRIFT) {
             self.widths.iter_mut().for_each(|width| width.fails = 0);
         }
@@ -348,9 +408,10 @@ impl CostModel {
 
 impl Width {
     fn record(&mut self, same: bool, seconds: f64, now: u64) {
-        if now - self.last > STALE {
+        if now - self.last > STALE || self.doubted {
             self.same = Samples::default();
             self.changed = Samples::default();
+            self.doubted = false;
         }
         let samples = if same { &mut self.same } else { &mut self.changed };
         samples.push(seconds);
@@ -659,6 +720,44 @@ mod tests {
             assert_eq!(model.chosen[n_streams], 1);
             Machine::new(better, 0.0004, quiet).learn(&mut model, n_streams, 1500);
             assert_eq!(model.chosen[n_streams], n_streams);
+        }
+    }
+
+    /// A shared machine at its two speeds, measured: 135M Q4_1 on one core, narrow calls the better ones at the
+    /// one, wide calls at the other.
+    fn undisturbed(width: usize) -> f64 {
+        curve(&[(1, 0.0074), (2, 0.0183), (3, 0.026), (4, 0.0326), (8, 0.049)], width)
+    }
+
+    fn crowded(width: usize) -> f64 {
+        curve(&[(1, 0.0136), (2, 0.0252), (3, 0.0366), (4, 0.0432), (8, 0.075)], width)
+    }
+
+    /// By request, the time of the best fixed width at that time over that of one model for all of them; best last.
+    fn ratios_of_requests(loads: [Curve; 2], n_streams: usize) -> Vec<f64> {
+        let mut model = CostModel::new(8);
+        let mut ratios: Vec<f64> = (0..64)
+            .map(|request| {
+                let cost = loads[usize::from(scramble(request).is_multiple_of(2))];
+                let machine = || Machine::new(cost, 0.0006, quiet);
+                let fixed = |width| machine().fixed(width, n_streams, 64);
+                let best = (1..=n_streams).map(fixed).fold(f64::INFINITY, f64::min);
+                best / machine().learn(&mut model, n_streams, 64)
+            })
+            .collect();
+        ratios.sort_by(f64::total_cmp);
+        ratios
+    }
+
+    #[test]
+    fn a_load_that_changes_from_one_request_to_the_next_is_followed() {
+        for (name, loads) in [("crowded", [undisturbed, crowded]), ("other", [undisturbed, other_kernels])] {
+            for n_streams in [2, 3, 4, 8] {
+                let ratios = ratios_of_requests(loads, n_streams);
+                let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
+                assert!(mean >= 0.97, "{name}, {n_streams}: {mean:.3} of {ratios:.3?}");
+                assert!(ratios[ratios.len() / 10] >= 0.95, "{name}, {n_streams}: {ratios:.3?}");
+            }
         }
     }
 

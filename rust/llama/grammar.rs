@@ -1,26 +1,12 @@
 //! llama.cpp's own grammar, for tests to compare with. Nothing else uses it: see `rust/sequence/grammar/gbnf.rs`.
 
-use std::ffi::{CString, c_char};
+use std::ffi::CString;
 use std::ptr::NonNull;
 
 use llama_cpp_sys_2 as sys;
 
+use super::sampler::{llamactor_sampler_accept, llamactor_sampler_apply};
 use super::{Model, Token, guarded};
-
-unsafe extern "C" {
-    fn llamactor_sampler_apply(
-        sampler: *mut sys::llama_sampler,
-        candidates: *mut sys::llama_token_data_array,
-        message: *mut c_char,
-        size: usize,
-    ) -> i32;
-    fn llamactor_sampler_accept(
-        sampler: *mut sys::llama_sampler,
-        token: Token,
-        message: *mut c_char,
-        size: usize,
-    ) -> i32;
-}
 
 /// A grammar in the hands of llama.cpp: of harmless ones only.
 pub struct ReferenceGrammar<'a> {

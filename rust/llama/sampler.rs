@@ -16,13 +16,13 @@ use super::{Model, Token, guarded};
 use crate::error::{Error, Result};
 
 unsafe extern "C" {
-    fn llamactor_sampler_apply(
+    pub(super) fn llamactor_sampler_apply(
         sampler: *mut sys::llama_sampler,
         candidates: *mut sys::llama_token_data_array,
         message: *mut c_char,
         size: usize,
     ) -> i32;
-    fn llamactor_sampler_accept(
+    pub(super) fn llamactor_sampler_accept(
         sampler: *mut sys::llama_sampler,
         token: Token,
         message: *mut c_char,

@@ -12,7 +12,7 @@ import llamactor
 from llamactor import context_shift
 from llamactor.cli.chat import HELP
 from llamactor.options import load_options
-from tests.documents import Runs, blocks, programs_of
+from tests.documents import Runs, anchors, blocks, linked_anchors, programs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
@@ -231,9 +231,7 @@ def test_there_is_a_test_for_every_program() -> None:
 
 
 def test_the_contents_are_those_of_the_guide() -> None:
-    headings = re.findall(r"^##+ (.*)$", GUIDE, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", title).replace(" ", "-").lower() for title in headings}
-    assert set(re.findall(r"\(#([\w-]+)\)", GUIDE)) == anchors
+    assert linked_anchors(GUIDE) == anchors(GUIDE)
 
 
 def test_the_table_of_commands_is_that_of_the_program() -> None:

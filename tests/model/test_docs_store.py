@@ -14,7 +14,7 @@ import llamactor
 from llamactor import Presets
 from llamactor.store.refs import kind_of
 from tests.conftest import TINYCHAT
-from tests.documents import blocks, output_of_program
+from tests.documents import anchors, blocks, linked_anchors, output_of_program
 from tests.hub import Hub, running
 
 if TYPE_CHECKING:
@@ -130,9 +130,7 @@ def test_there_is_a_test_for_every_program() -> None:
 
 
 def test_the_contents_are_those_of_the_guide() -> None:
-    headings = re.findall(r"^##+ (.*)$", GUIDE, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", title).replace(" ", "-").lower() for title in headings}
-    assert set(re.findall(r"\(#([\w-]+)\)", GUIDE)) == anchors
+    assert linked_anchors(GUIDE) == anchors(GUIDE)
 
 
 def test_everything_the_guide_names_exists() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import llamactor
-from tests.documents import blocks, output_of_program
+from tests.documents import anchors, blocks, linked_anchors, output_of_program
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
@@ -119,9 +119,7 @@ def test_there_is_a_test_for_every_program() -> None:
 
 
 def test_the_contents_are_those_of_the_guide() -> None:
-    headings = re.findall(r"^##+ (.*)$", GUIDE, re.MULTILINE)
-    anchors = {title.replace(" ", "-").lower() for title in headings}
-    assert set(re.findall(r"\(#([\w-]+)\)", GUIDE)) == anchors
+    assert linked_anchors(GUIDE) == anchors(GUIDE)
 
 
 def test_everything_it_names_exists() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import llamactor
-from tests.documents import Runs, blocks, programs_of
+from tests.documents import Runs, anchors, blocks, linked_anchors, programs_of
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "structure.md").read_text(encoding="utf-8")
 PROGRAMS = programs_of(GUIDE)
@@ -95,9 +95,7 @@ def test_there_is_a_test_for_every_program() -> None:
 
 
 def test_the_contents_are_those_of_the_guide() -> None:
-    headings = re.findall(r"^##+ (.*)$", GUIDE, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", title).replace(" ", "-").lower() for title in headings}
-    assert set(re.findall(r"\(#([\w-]+)\)", GUIDE)) == anchors
+    assert linked_anchors(GUIDE) == anchors(GUIDE)
 
 
 def test_everything_the_guide_names_exists() -> None:

@@ -273,7 +273,7 @@ async def test_cancelling_what_waits_its_turn_leaves_no_trace(
     await until(lambda: not tasks())
 
 
-TURNS = (*range(300), *(300 + n * n // 4 for n in range(2000)))
+TURNS = (*range(1000), *(1000 + n * n for n in range(1000)))
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -214,6 +214,21 @@ def test_text_cannot_command_the_terminal() -> None:
     assert written == "a␛[2Jb␇\ufffd␡␍\tc\n✓"
 
 
+def test_what_a_failure_says_cannot_command_the_terminal(tmp_path: Path) -> None:
+    template = tmp_path / "evil.jinja"
+    template.write_text(
+        "{% for message in messages %}"
+        "{% if 'name' in message.content %}{{ raise_exception('a\x1b[2Jb\nc') }}{% endif %}"
+        "{{ message.content }}{% endfor %}"
+    )
+    with terminal("--chat-template", str(template)) as chat:
+        chat.asks()
+        chat.type(HELLO + ENTER)
+        shown = chat.shows(f"llamactor: (.*?){re.escape(PROMPT)}")[1]
+    assert "a␛[2Jb c" in shown
+    assert "\x1b[2J" not in shown
+
+
 # --- over pipes ---------------------------------------------------------------------------------
 
 

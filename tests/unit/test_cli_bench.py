@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import shutil
 import signal
 import statistics
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -136,6 +139,14 @@ def test_a_bench_for_programs_has_every_round() -> None:
         assert result["ratio"] == statistics.median(result["ratios"])
 
 
+def test_a_bench_whose_work_does_not_fit_into_the_context_fails_in_one_line() -> None:
+    code, out, err = outcome(piped([*BENCH, *SMALL, "--context-size", "32"]))
+    assert (code, out) == (1, "")
+    assert err.startswith("llamactor: ")
+    assert "32" in err
+    assert err.count("\n") == 1
+
+
 def test_control_c_ends_a_bench() -> None:
     screen = Terminal([*BENCH, *ENDLESS])
     try:
@@ -160,10 +171,10 @@ def test_a_bench_at_a_terminal_shows_how_far_it_is_and_then_only_the_results() -
 # --- ps -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def chatting() -> Iterator[subprocess.Popen[str]]:
-    """A process that has tinychat loaded."""
-    command = [*COMMAND, "chat", str(TINYCHAT), "--threads", "1"]
+@contextlib.contextmanager
+def chat_with(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has a model loaded."""
+    command = [*COMMAND, "chat", str(path), "--threads", "1"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdin
@@ -173,6 +184,18 @@ def chatting() -> Iterator[subprocess.Popen[str]]:
         assert process.stdout.readline()
         yield process
         process.send_signal(signal.SIGTERM)
+
+
+@pytest.fixture
+def chatting() -> Iterator[subprocess.Popen[str]]:
+    """A process that has tinychat loaded."""
+    with chat_with(TINYCHAT) as process:
+        yield process
+
+
+def running() -> dict[int, Any]:
+    """What is shown to programs, by the numbers of the processes."""
+    return {each["pid"]: each for each in json.loads(piped([*COMMAND, "ps", "--json"]).stdout)}
 
 
 def test_processes_that_have_models_loaded_are_shown(chatting: subprocess.Popen[str]) -> None:
@@ -185,14 +208,21 @@ def test_processes_that_have_models_loaded_are_shown(chatting: subprocess.Popen[
 
 
 def test_processes_are_shown_for_programs_until_they_end(chatting: subprocess.Popen[str]) -> None:
-    def shown() -> dict[int, Any]:
-        return {each["pid"]: each for each in json.loads(piped([*COMMAND, "ps", "--json"]).stdout)}
-
-    process = shown()[chatting.pid]
+    process = running()[chatting.pid]
+    assert len(process["models"]) == 1
     assert process["models"][0]["path"] == str(TINYCHAT)
     assert 0 < process["models"][0]["resident_bytes"] <= TINYCHAT.stat().st_size + 4096
     assert process["resident_bytes"] > 1_000_000
     assert process["command"].endswith(f"chat {TINYCHAT} --threads 1")
     chatting.terminate()
     chatting.wait()
-    assert chatting.pid not in shown()
+    assert chatting.pid not in running()
+
+
+def test_a_model_whose_file_is_not_called_gguf_is_shown(tmp_path: Path) -> None:
+    blob = Path(shutil.copy(TINYCHAT, tmp_path / "0123abcd"))
+    link = tmp_path / "linked.gguf"
+    link.symlink_to(blob)
+    with chat_with(link) as process:
+        models = running()[process.pid]["models"]
+        assert [model["path"] for model in models] == [str(blob)]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,8 @@ import pytest
 import llamactor
 from llamactor import ModelStore
 from llamactor.cli import main
-from tests.conftest import PATIENCE, TINYCHAT
+from llamactor.store import files
+from tests.conftest import PATIENCE, TINYCHAT, meanwhile
 from tests.hub import Hub, running
 from tests.models import tiny_llama
 from tests.terminals import COMMAND, CONTROL_C, Terminal, outcome, piped
@@ -105,6 +109,16 @@ def test_models_of_other_programs_are_discovered_where_they_lie(run: Run, home: 
     assert rows(done(run, "ls", "found"))[0][0] == "found-Q8_0"
 
 
+def test_where_no_model_is_it_is_said_how_to_get_one(run: Run) -> None:
+    status, out, err = run("ls")
+    assert (status, rows(out)) == (0, [])
+    assert "llamactor ls --discover" in err
+    assert "llamactor pull" in err
+    assert said(run, "ls") == []
+    done(run, "import", TINYCHAT, "--name", "tiny")
+    assert rows(done(run, "ls", "nothing-like-it")) == []
+
+
 def test_removing_a_model_deletes_only_files_of_the_store(run: Run, home: Path) -> None:
     mine = Path(shutil.copy(TINYCHAT, home / "mine.gguf"))
     done(run, "import", mine)
@@ -132,6 +146,20 @@ def test_what_differs_from_its_record_is_quarantined(run: Run) -> None:
     copied.write_bytes(content)
     assert said(run, "verify") == [{"name": "bad", "problem": None}]
     assert "quarantined" not in done(run, "ls")
+
+
+def test_what_is_removed_meanwhile_is_not_verified(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "second", "third"):
+        done(run, "import", shutil.copy(TINYCHAT, home / f"{name}.gguf"))
+
+    def remove() -> None:
+        asyncio.run(ModelStore().remove("second"))
+
+    meanwhile(monkeypatch, files, "examine", remove)
+    assert rows(done(run, "verify")) == [["first", "ok"], ["third", "ok"]]
+    assert rows(done(run, "verify", "third", "first")) == [["third", "ok"], ["first", "ok"]]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +226,13 @@ def test_a_name_cannot_command_the_terminal(home: Path) -> None:
         finally:
             screen.close()
         assert "\x1b[2J" not in shown
+
+
+def test_a_name_that_is_not_there_cannot_command_the_terminal(run: Run) -> None:
+    status, out, err = run("info", "evil\x1b[2J\x9b.gguf")
+    assert (status, out) == (3, "")
+    assert "evil␛[2J\ufffd.gguf" in err
+    assert "\x1b" not in err
 
 
 def test_a_copy_at_a_terminal_shows_how_far_it_is(home: Path) -> None:
@@ -382,8 +417,65 @@ def test_presets_are_made_changed_shown_and_removed(run: Run) -> None:
     assert shown["top_k"] == "none"
     assert shown["notes"] == "for stories"
     done(run, "presets", "set", "warm", "--anew", "--seed", "1")
-    assert said(run, "presets", "show", "warm")["generation"] == {"seed": 1}
+    assert said(run, "presets", "show", "warm") == {
+        "name": "warm",
+        "load": {},
+        "generation": {"seed": 1},
+        "notes": "for stories",
+    }
     done(run, "presets", "rm", "warm")
+    assert said(run, "presets") == []
+
+
+@pytest.fixture
+def preset_file(home: Path) -> Path:
+    """Where presets are, in a folder that is there."""
+    folder = home / "xdg_config_home" / "llamactor"
+    folder.mkdir(parents=True)
+    return folder / "presets.toml"
+
+
+def test_options_that_a_preset_has_are_read_while_no_other_process_can_change_them(
+    run: Run, preset_file: Path
+) -> None:
+    os.mkfifo(preset_file)
+    had = "[joint.generation]\nmin_p = 0.5\n"
+    locked: list[bool] = []
+
+    def be_read() -> None:
+        lock = preset_file.with_name(".presets.toml.lock")
+        with preset_file.open("w") as pipe, lock.open("ab") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked.append(False)
+            except BlockingIOError:
+                locked.append(True)
+            preset_file.unlink()
+            preset_file.write_text(had)
+            pipe.write(had)
+
+    reading = threading.Thread(target=be_read, daemon=True)
+    reading.start()
+    done(run, "presets", "set", "joint", "--seed", "1")
+    reading.join(PATIENCE)
+    assert locked == [True]
+    assert said(run, "presets", "show", "joint")["generation"] == {"min_p": 0.5, "seed": 1}
+
+
+def test_a_mistake_in_a_preset_blocks_no_other_and_is_mended_by_commands(
+    run: Run, preset_file: Path
+) -> None:
+    mistake = "[bad.generation]\ntemprature = 1\n"
+    preset_file.write_text(mistake)
+    done(run, "presets", "set", "good", "--seed", "1")
+    done(run, "presets", "show", "good")
+    status, _, err = run("presets", "set", "bad", "--seed", "1")
+    assert status == 1
+    assert "did you mean 'temperature'" in err
+    done(run, "presets", "set", "bad", "--anew", "--seed", "2")
+    assert said(run, "presets", "show", "bad")["generation"] == {"seed": 2}
+    preset_file.write_text(mistake)
+    done(run, "presets", "rm", "bad")
     assert said(run, "presets") == []
 
 

@@ -52,7 +52,7 @@ PYTHON_MODULES = {
     },
     "_bare": {"_hub", "_opening", "options"},
     "system": {"_checks", "_core"},
-    "presets": {"_checks", "errors", "options"},
+    "presets": {"_checks", "errors", "grammar", "options"},
     "store": {"_checks", "_core", "errors", "presets"},
     "loading": {"_checks", "_core", "_hub", "errors", "model", "options", "prediction", "store"},
     "runtime": {

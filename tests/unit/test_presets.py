@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 import llamactor
-from llamactor import Dry, Preset, PresetNotFoundError, Presets, RepeatPenalty, TokenBatching
+from llamactor import (
+    Dry,
+    DynamicTemperature,
+    Grammar,
+    Mirostat,
+    Preset,
+    PresetNotFoundError,
+    Presets,
+    RepeatPenalty,
+    TokenBatching,
+    Xtc,
+)
 from llamactor.presets import layered
 from tests.conftest import PATIENCE
 
@@ -105,15 +116,43 @@ async def test_every_value_that_a_file_can_hold_comes_back(presets: Presets) -> 
         "top_k": None,
         "repeat_penalty": RepeatPenalty(last_tokens=None),
         "token_batching": TokenBatching(5, 0.5),
+        "xtc": Xtc(0.5),
+        "dry": Dry(base=2.0),
+        "mirostat": Mirostat(),
+        "dynamic_temperature": DynamicTemperature(0.5, exponent=2.0),
+        "grammar": Grammar.gbnf('start ::= "yes"', "start"),
         "logit_bias": {"hello": -1.0},
         "stop": ["a", [1, 2]],
         "seed": 7,
     }
-    load = {"lora": [(Path("a.gguf"), 0.5)], "metadata_overrides": {"general.name": "x"}}
+    load = {
+        "lora": [(Path("a.gguf"), 0.5)],
+        "metadata_overrides": {"general.name": "x", "tokenizer.ggml.add_bos_token": False},
+        "threads": None,
+        "use_mmap": False,
+    }
     made = await presets.set("all", load=load, generation=generation)
     assert made.generation == generation
     assert made.load == {**load, "lora": [("a.gguf", 0.5)]}
     assert await presets.get("all") == made
+
+
+async def test_false_stands_for_none_wherever_none_can_be_meant(presets: Presets) -> None:
+    presets.path.parent.mkdir()
+    presets.path.write_text(
+        "[a.load]\nthreads = false\ndevices = false\nuse_mmap = false\n"
+        "[a.generation]\nseed = false\nspecial = false\n"
+        "dry = { last_tokens = false }\n"
+        "repeat_penalty = { penalize_newline = false, punish_tokens_filter = false }\n"
+    )
+    preset = await presets.get("a")
+    assert preset.load == {"threads": None, "devices": None, "use_mmap": False}
+    assert preset.generation == {
+        "seed": None,
+        "special": False,
+        "dry": Dry(last_tokens=None),
+        "repeat_penalty": RepeatPenalty(penalize_newline=False),
+    }
 
 
 @pytest.mark.parametrize(
@@ -152,22 +191,83 @@ async def test_what_is_no_toml_is_named_with_its_line(presets: Presets) -> None:
 
 
 async def test_what_a_file_cannot_hold_is_refused_before_it_is_touched(written: Presets) -> None:
-    for generation, error in (
-        ({"logits_processor": print}, TypeError),
-        ({"temprature": 1}, TypeError),
-        ({"temperature": -1}, ValueError),
+    never = RepeatPenalty(punish_tokens_filter=list)
+    for generation, error, message in (
+        ({"logits_processor": print}, TypeError, "a file cannot hold it"),
+        ({"repeat_penalty": never}, TypeError, "punish_tokens_filter .* a file cannot hold it"),
+        ({"schema": {"enum": ["a", None]}}, TypeError, r"schema .* None .* a file cannot hold it"),
+        ({"schema": Preset}, TypeError, "a file cannot hold it"),
+        ({"logit_bias": {5: -1.0}}, TypeError, "logit_bias cannot have the key 5"),
+        ({"temprature": 1}, TypeError, "did you mean 'temperature'"),
+        ({"temperature": -1}, ValueError, "temperature"),
     ):
-        with pytest.raises(error):
+        with pytest.raises(error, match=message):
             await written.set("x", generation=generation)
+    with pytest.raises(ValueError, match="keep must be one of"):
+        await written.set("x", keep="all")  # type: ignore[arg-type]
     assert written.path.read_text() == WRITTEN
 
 
+async def test_single_options_are_set_and_the_others_stay(written: Presets) -> None:
+    before = await written.get("creative")
+    changed = await written.set(
+        "creative", load={"threads": 2}, generation={"temperature": 0.5}, keep="options"
+    )
+    assert changed.load == {**before.load, "threads": 2}
+    assert changed.generation == {**before.generation, "temperature": 0.5}
+    assert changed.notes == "for stories"
+    assert await written.set("new", load={"threads": 2}, keep="options") == Preset(
+        "new", {"threads": 2}
+    )
+
+
+async def test_a_preset_is_made_anew_and_its_notes_stay(written: Presets) -> None:
+    changed = await written.set("creative", generation={"seed": 1}, keep="notes")
+    assert changed == Preset("creative", generation={"seed": 1}, notes="for stories")
+    assert (await written.set("creative", notes="", keep="notes")) == Preset("creative")
+
+
+BROKEN = ("generatoin = {}", "load = 1", "notes = 1", "generation.temperature = -1")
+
+
+@pytest.mark.parametrize("text", [*(f"[bad]\n{line}" for line in BROKEN), "bad = 1"])
+async def test_a_preset_with_a_mistake_is_made_anew_or_removed_and_blocks_no_other(
+    presets: Presets, text: str
+) -> None:
+    presets.path.parent.mkdir()
+    presets.path.write_text(f"{text}\n")
+    good = await presets.set("good", load={"threads": 1}, keep="options")
+    assert good == await presets.get("good")
+    with pytest.raises((TypeError, ValueError), match=r"preset 'bad' of .*presets\.toml: "):
+        await presets.set("bad", load={"threads": 1}, generation={"top_k": 1}, keep="options")
+    assert await presets.set("bad", load={"threads": 2}, keep="notes") == Preset(
+        "bad", {"threads": 2}
+    )
+    presets.path.write_text(f"{text}\n")
+    assert await presets.remove("bad") == Preset("bad")
+    assert await presets.list() == []
+
+
+async def test_a_wrong_option_is_put_right_by_setting_it(presets: Presets) -> None:
+    presets.path.parent.mkdir()
+    presets.path.write_text("[a.generation]\ntemperature = -1\nseed = 1\n")
+    mended = await presets.set("a", generation={"temperature": 1.0}, keep="options")
+    assert mended.generation == {"temperature": 1.0, "seed": 1}
+
+
 async def test_sets_at_once_lose_nothing(presets: Presets) -> None:
+    options = {"seed": 1, "min_p": 0.1, "top_p": 0.9, "temperature": 0.5}
     await asyncio.gather(
+        *(
+            presets.set("joint", generation={name: options[name]}, keep="options")
+            for name in options
+        ),
         *(presets.set(f"p{n}", generation={"seed": n}) for n in range(20)),
         *(presets.set("shared", notes=str(n)) for n in range(20)),
     )
+    assert (await presets.get("joint")).generation == options
     assert {preset.name for preset in await presets.list()} == {
+        "joint",
         "shared",
         *(f"p{n}" for n in range(20)),
     }

@@ -8,7 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -22,38 +23,18 @@ from llamactor import (
     ModelLoadError,
     ModelNotFoundError,
     ModelStore,
+    StoredModel,
 )
+from llamactor.store import store as store_module
 from llamactor.store import transfer
 from tests import models
-from tests.conftest import PATIENCE
+from tests.conftest import PATIENCE, meanwhile
 from tests.hub import COMMIT, Hub, running
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 REPO = "owner/Tiny-GGUF"
 FILE = "Tiny-Q4_K_M.gguf"
 
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of this machine's models is found, and failures are tried again at once."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(transfer, "FIRST_WAIT", 0.001)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that `huggingface_hub` takes for the real one."""
-    hub = Hub()
-    with running(hub) as address:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield hub
+pytestmark = pytest.mark.usefixtures("no_models")
 
 
 @pytest.fixture
@@ -136,6 +117,15 @@ async def test_all_parts_of_a_split_model_come(hub: Hub, store: ModelStore, tmp_
         assert loaded.info.parameters == model.parameters
 
 
+async def test_a_name_that_counts_no_parts_is_that_of_a_whole_model(
+    hub: Hub, store: ModelStore, content: bytes
+) -> None:
+    hub.add(REPO, "Tiny-00001-of-00000.gguf", content)
+    assert (await store.header(f"hf:{REPO}")).architecture == "llama"
+    model = await store.pull(f"hf:{REPO}")
+    assert [file.path.name for file in model.files] == ["Tiny-00001-of-00000.gguf"]
+
+
 async def test_a_small_file_is_checked_by_what_git_calls_it(
     hub: Hub, store: ModelStore, content: bytes
 ) -> None:
@@ -175,6 +165,83 @@ async def test_load_model_downloads_loads_and_counts(
     async with llamactor.load_model("tiny-q4_k_m") as model:
         assert model.info.path == str(tmp_path / "default" / REPO / FILE)
     assert (await ModelStore().get("Tiny-Q4_K_M")).usage_count == 2
+
+
+# --- what was here under another name -----------------------------------------------------------
+
+OTHER = "other/Tiny-GGUF"
+
+
+async def known(store: ModelStore, hub: Hub, path: Path, origin: str) -> StoredModel:
+    """A model that came into the store in one way or another."""
+    if origin == "hub":
+        hub.add(OTHER, FILE, path.read_bytes())
+        return await store.pull(f"hf:{OTHER}")
+    if origin == "lmstudio":
+        found = Path.home() / ".lmstudio/models/owner/repo/Found.gguf"
+        found.parent.mkdir(parents=True)
+        shutil.copy(path, found)
+        await store.discover()
+        await store.verify("found")  # from now on its checksum is known
+        return await store.get("found")
+    return await store.import_(path, copy=origin == "copy")
+
+
+@pytest.mark.parametrize("origin", ["import", "copy", "hub", "lmstudio"])
+async def test_what_was_here_already_is_found_by_the_reference_that_it_was_pulled_by(
+    hub: Hub,
+    store: ModelStore,
+    tiny_model_path: Path,
+    origin: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = await known(store, hub, tiny_model_path, origin)
+    file = hub.add(REPO, FILE, tiny_model_path.read_bytes())
+    for _ in range(2):
+        pulled = await store.pull(f"hf:{REPO}")
+        assert pulled.pulled_as == (f"hf:{REPO}/{FILE}",)
+        assert (pulled.name, pulled.path, pulled.source) == (
+            *(before.name, before.path, before.source),
+        )
+    assert file.requests == []
+    assert await store.list(REPO) == [pulled]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for ref in (f"hf:{REPO}", f"hf:{REPO}:Q4_K_M", f"hf:{REPO}/{FILE}"):
+        assert await store.resolve(ref) == before.path
+        await store.note_use(ref)
+    assert (await store.get(before.name)).usage_count == 3
+
+
+async def test_a_reference_means_what_it_was_pulled_as_last(
+    hub: Hub, store: ModelStore, content: bytes, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    contents = [content, *(content[:-1] + bytes([byte]) for byte in b"xy")]
+    first = await store.import_(tiny_model_path, name="first")
+    (tmp_path / "second.gguf").write_bytes(contents[1])
+    second = await store.import_(tmp_path / "second.gguf")
+    found = []
+    for index in (0, 1, 0, 2, 0):
+        hub.add(REPO, FILE, contents[index])
+        found.append((await store.pull(f"hf:{REPO}")).path)
+        assert await store.resolve(f"hf:{REPO}") == found[-1]
+    assert found == [first.path, second.path, first.path, store.path / REPO / FILE, first.path]
+    assert (await store.get("second")).pulled_as == ()
+
+
+async def test_an_imported_file_that_was_pulled_stays_an_imported_one(
+    hub: Hub, store: ModelStore, content: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.gguf"
+    path.write_bytes(content)
+    await store.import_(path)
+    hub.add(REPO, FILE, content)
+    await store.pull(f"hf:{REPO}")
+    path.unlink()
+    await store.discover()
+    assert (await store.get("mine")).source == "import"  # what is gone may come back
+    path.write_bytes(content[:-1] + b"x")
+    assert (await store.import_(path)).pulled_as == ()  # it is another one
+    assert (await store.pull(f"hf:{REPO}")).path == store.path / REPO / FILE
 
 
 # --- failures that pass -------------------------------------------------------------------------
@@ -400,6 +467,42 @@ async def test_a_name_that_is_taken_is_refused_before_anything_comes(
     assert file.requests == []
 
 
+async def test_the_name_of_a_copy_is_refused_before_anything_comes(
+    hub: Hub, store: ModelStore, content: bytes, tiny_model_path: Path
+) -> None:
+    file = hub.add(REPO, FILE, content + bytes(32))
+    await store.import_(tiny_model_path, copy=True, name="mine")
+    with pytest.raises(ValueError, match="belongs to another"):
+        await store.pull(f"hf:{REPO}", name="mine")
+    assert file.requests == []
+
+
+async def test_another_name_for_what_is_recorded_is_refused_before_anything_comes(
+    hub: Hub, store: ModelStore, content: bytes
+) -> None:
+    hub.add(REPO, FILE, content)
+    await store.pull(f"hf:{REPO}")
+    newer = hub.add(REPO, FILE, content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="rename"):
+        await store.pull(f"hf:{REPO}", name="another")
+    assert newer.requests == []
+    assert (await store.verify())[0].ok
+    assert (await store.pull(f"hf:{REPO}", name="Tiny-Q4_K_M")).sha256 == newer.sha256
+
+
+async def test_a_model_of_the_hub_s_cache_is_renewed_under_the_name_that_it_was_given(
+    hub: Hub, store: ModelStore, content: bytes, tmp_path: Path
+) -> None:
+    cached = tmp_path / "cache/models--owner--Tiny-GGUF/snapshots/c1" / FILE
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(content)
+    await store.discover()
+    await store.update("Tiny-Q4_K_M", rename="mine")
+    hub.add(REPO, FILE, content[:-1] + bytes([content[-1] ^ 1]))
+    assert (await store.pull(f"hf:{REPO}", name="mine")).path == store.path / REPO / FILE
+    assert [model.name for model in await store.list(REPO)] == ["mine"]
+
+
 # --- cancelling, and others who do the same -----------------------------------------------------
 
 
@@ -493,6 +596,21 @@ async def test_a_file_whose_record_was_lost_is_not_downloaded_again(
     assert (await store.pull(f"hf:{REPO}")).sha256 == file.sha256
     assert file.sent == len(content)
     assert files_of(store) == [f"{REPO}/{FILE}"]
+
+
+@pytest.mark.parametrize("after", [False, True])
+async def test_what_is_removed_while_it_is_pulled_is_downloaded(
+    hub: Hub, store: ModelStore, content: bytes, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = hub.add(REPO, FILE, content)
+    model = await store.pull(f"hf:{REPO}")
+
+    def remove() -> None:
+        asyncio.run(ModelStore(store.path).remove(model.name))
+
+    meanwhile(monkeypatch, store_module, "read_header", remove, after=after)
+    assert (await store.pull(f"hf:{REPO}")).path.read_bytes() == content
+    assert file.sent == 2 * len(content)
 
 
 async def test_a_damaged_download_is_replaced(hub: Hub, store: ModelStore, content: bytes) -> None:

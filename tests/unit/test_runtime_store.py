@@ -6,7 +6,6 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from huggingface_hub import constants
 
 from llamactor import (
     LoadCancelledError,
@@ -16,35 +15,17 @@ from llamactor import (
     Presets,
     Runtime,
 )
-from llamactor.store import transfer
 from tests.conftest import PATIENCE
 from tests.contexts import until
-from tests.hub import Hub, running
 from tests.speaking import SAYS, SMALL
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from tests.hub import Hub
 
-@pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of this machine's models is found, and failures are tried again at once."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(transfer, "FIRST_WAIT", 0.001)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that `huggingface_hub` takes for the real one."""
-    hub = Hub()
-    with running(hub) as address:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield hub
+pytestmark = pytest.mark.usefixtures("no_models")
 
 
 @pytest.fixture
@@ -161,9 +142,9 @@ async def test_a_load_cancelled_while_downloading_leaves_no_model(
     loading = runtime.load("hf:owner/Speaker", **SMALL)
     assert await asyncio.to_thread(hub.stalled.wait, PATIENCE)
     loading.cancel()
-    hub.release.set()
     with pytest.raises(LoadCancelledError):
         await loading
+    hub.release.set()
     await until(lambda: not runtime.snapshot.loading)
     assert runtime.snapshot.models == ()
     assert list(runtime.store.path.rglob("*.gguf")) == []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 import sqlite3
 import threading
 from datetime import UTC, datetime
@@ -31,7 +33,7 @@ from llamactor.store.header import header_of
 from llamactor.store.refs import HubRef, is_model_name, kind_of, parse_hub, quantization_in
 from llamactor.store.threads import Stop, off_loop
 from tests import models
-from tests.conftest import PATIENCE, TINYCHAT
+from tests.conftest import PATIENCE, TINYCHAT, meanwhile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -190,6 +192,25 @@ async def test_a_file_is_recorded_once(store: ModelStore, model_path: Path) -> N
         await store.import_(model_path, name="other")
 
 
+@pytest.mark.parametrize("part", ["00001-of-00000", "00000-of-00002", "00003-of-00002"])
+async def test_a_name_that_counts_no_parts_is_that_of_a_whole_model(
+    store: ModelStore, model_path: Path, home: Path, part: str
+) -> None:
+    odd = lm_studio(home, model_path.read_bytes(), f"Odd-{part}.gguf")
+    assert (await store.header(odd)).architecture == "llama"
+    (found,) = [model for model in await store.discover() if model.name != "smollm2"]
+    assert (found.name, [file.path for file in found.files]) == (f"Odd-{part}", [odd])
+    assert (await store.import_(odd)).sha256 == sha256(odd)
+
+
+async def test_a_path_that_is_no_utf_8_is_refused(store: ModelStore, model_path: Path) -> None:
+    odd = model_path.with_name(os.fsdecode(b"caf\xe9.gguf"))
+    model_path.rename(odd)
+    for copy in (False, True):
+        with pytest.raises(ValueError, match=r"caf\\udce9.gguf'.* is no UTF-8; rename it"):
+            await store.import_(odd, copy=copy)
+
+
 async def test_names_are_unique_and_cannot_be_taken_for_paths(
     store: ModelStore, model_path: Path, tmp_path: Path
 ) -> None:
@@ -232,6 +253,74 @@ async def test_a_copy_lies_in_the_store_and_goes_with_its_record(
     assert [path.name for path in store.path.iterdir() if path.is_dir()] == []
 
 
+async def test_one_content_can_be_copied_under_several_names(
+    store: ModelStore, model_path: Path, tmp_path: Path
+) -> None:
+    first = await store.import_(model_path, copy=True)
+    again = tmp_path / "Again.gguf"
+    again.write_bytes(model_path.read_bytes())
+    async with asyncio.timeout(PATIENCE):
+        second = await store.import_(again, copy=True)
+    assert (first.name, second.name, second.path.name) == ("Tiny-F32", "Again", "Again.gguf")
+    await store.remove("again")
+    assert [found.ok for found in await store.verify()] == [True]
+
+
+async def test_a_damaged_copy_is_whole_once_it_is_imported_again(
+    store: ModelStore, model_path: Path
+) -> None:
+    copy = (await store.import_(model_path, copy=True)).path
+    flip(copy)
+    assert not (await store.verify())[0].ok
+    assert (await store.import_(model_path, copy=True)).quarantined is None
+    assert copy.read_bytes() == model_path.read_bytes()
+    assert (await store.verify())[0].ok
+
+
+async def test_a_copy_that_has_lost_a_part_is_whole_once_it_is_imported_again(
+    store: ModelStore, tmp_path: Path
+) -> None:
+    parts = models.tiny_split(tmp_path)
+    first = await store.import_(parts[0], copy=True)
+    first.files[1].path.unlink()
+    async with asyncio.timeout(PATIENCE):
+        assert await store.import_(parts[0], copy=True) == first
+    assert (await store.verify())[0].ok
+
+
+async def test_a_name_that_is_taken_is_refused_before_anything_is_copied(
+    store: ModelStore, model_path: Path, tmp_path: Path
+) -> None:
+    other = models.tiny_llama(tmp_path / "other.gguf", seed=1)
+    told: list[llamactor.DownloadProgress] = []
+    for copy in (False, True):
+        await store.import_(other, name="mine", copy=copy)
+        with pytest.raises(ValueError, match="belongs to another"):
+            await store.import_(model_path, copy=True, name="Mine", progress=told.append)
+        await store.remove("mine")
+    await store.import_(model_path, name="mine")
+    with pytest.raises(ValueError, match="belongs to another"):
+        await store.import_(model_path, copy=True, name="mine", progress=told.append)
+    assert told == []
+
+
+async def test_a_copy_that_cannot_have_its_name_leaves_no_file(
+    store: ModelStore, model_path: Path, tmp_path: Path
+) -> None:
+    """Files of one name and size may be one model; which they are shows when they were read."""
+    other = tmp_path / "other" / model_path.name
+    other.parent.mkdir()
+    other.write_bytes(model_path.read_bytes())
+    flip(other)
+    first = await store.import_(model_path, copy=True, name="mine")
+    with pytest.raises(ValueError, match="belongs to another"):
+        await store.import_(other, copy=True, name="mine")
+    with pytest.raises(ValueError, match="is in the store as 'mine'"):
+        await store.import_(model_path, copy=True, name="other")
+    assert list(store.path.rglob("*.gguf")) == [first.path]
+    assert (await store.verify())[0].ok
+
+
 async def test_removing_what_was_only_recorded_leaves_the_file(
     store: ModelStore, model_path: Path
 ) -> None:
@@ -241,6 +330,36 @@ async def test_removing_what_was_only_recorded_leaves_the_file(
     assert await store.list() == []
     with pytest.raises(ModelNotFoundError):
         await store.remove("tiny-f32")
+
+
+async def test_what_comes_just_after_it_was_missed_is_removed_and_changed(
+    store: ModelStore, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def come() -> None:
+        asyncio.run(ModelStore(store.path).import_(model_path, name="mine"))
+
+    meanwhile(monkeypatch, database, "change", come, after=True)
+    assert (await store.remove("mine")).path == model_path
+    meanwhile(monkeypatch, database, "change", come, after=True)
+    assert (await store.update("mine", notes="seen")).notes == "seen"
+
+
+async def test_what_is_removed_and_comes_back_while_it_is_verified_is_verified(
+    store: ModelStore, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.import_(model_path, name="mine")
+
+    def go() -> None:
+        asyncio.run(ModelStore(store.path).remove("mine"))
+        meanwhile(monkeypatch, database, "change", come, after=True)
+
+    def come() -> None:
+        asyncio.run(ModelStore(store.path).import_(model_path, name="mine"))
+
+    told: list[llamactor.DownloadProgress] = []
+    meanwhile(monkeypatch, files, "examine", go, after=True)
+    assert [found.ok for found in await store.verify("mine", progress=told.append)] == [True]
+    assert told[-1].fraction == max(state.fraction for state in told) == 1.0
 
 
 async def test_progress_is_told_in_the_loop_and_ends_whole(
@@ -291,6 +410,52 @@ async def test_prune_removes_copies_that_were_given_up(
     monkeypatch.setattr(files, "GIVEN_UP", -60.0)
     assert await store.prune() == 1000
     assert not left.exists()
+
+
+async def test_prune_passes_over_what_is_finished_meanwhile(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is put in place while the first of its kind is removed."""
+    folder = store.path / "imported"
+    for name in "abc":
+        (folder / f"{files.PARTIAL_IMPORT}{name}").mkdir(parents=True)
+        (folder / f"{files.PARTIAL_IMPORT}{name}" / "x.gguf").write_bytes(bytes(100))
+        (store.path / f"{name}.part").write_bytes(bytes(1000))
+    lock, remove = fcntl.flock, shutil.rmtree
+
+    def finish_files(file: Any, operation: int) -> None:
+        for path in store.path.glob("*.part"):
+            if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                path.rename(path.with_suffix(".gguf"))
+        lock(file, operation)
+
+    def finish_folders(copy: Path, **options: Any) -> None:
+        for path in folder.glob(f"{files.PARTIAL_IMPORT}*"):
+            if path.name != Path(copy).name:
+                path.rename(folder / path.name.removeprefix(files.PARTIAL_IMPORT))
+        remove(copy, **options)
+
+    monkeypatch.setattr(files, "GIVEN_UP", -60.0)
+    monkeypatch.setattr(fcntl, "flock", finish_files)
+    monkeypatch.setattr(shutil, "rmtree", finish_folders)
+    assert await store.prune() == 1100
+    assert len([path for path in store.path.rglob("*.gguf") if path.is_file()]) == 4
+
+
+async def test_prune_leaves_a_download_that_has_just_got_its_name(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, target = store.path / "a.part", store.path / "a.gguf"
+    partial.parent.mkdir()
+    partial.write_bytes(b"whole")
+
+    def finish_and_begin_anew() -> None:
+        partial.rename(target)
+        partial.write_bytes(b"new")
+
+    meanwhile(monkeypatch, fcntl, "flock", finish_and_begin_anew)
+    assert await store.prune() == 0
+    assert (target.read_bytes(), partial.read_bytes()) == (b"whole", b"new")
 
 
 # --- resolving ----------------------------------------------------------------------------------
@@ -445,6 +610,28 @@ async def test_importing_again_takes_a_changed_file_for_what_it_is(
     assert (second.quarantined, second.notes, second.created) == (None, "kept", first.created)
 
 
+@pytest.mark.parametrize("again", [True, False], ids=["imported again", "put back"])
+async def test_a_file_that_is_put_right_while_it_is_verified_stays_out_of_quarantine(
+    store: ModelStore, model_path: Path, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = (await store.import_(model_path, copy=True)).path
+    flip(copy)
+
+    def put_right() -> None:
+        if again:
+            asyncio.run(ModelStore(store.path).import_(model_path, copy=True))
+        else:
+            right = copy.with_suffix(".new")
+            right.write_bytes(model_path.read_bytes())
+            right.replace(copy)
+
+    told: list[llamactor.DownloadProgress] = []
+    meanwhile(monkeypatch, files, "examine", put_right, after=True)
+    assert [found.ok for found in await store.verify(progress=told.append)] == [True]
+    assert told[-1].fraction == max(state.fraction for state in told) == 1.0
+    assert await store.resolve("tiny-f32") == copy
+
+
 async def test_cancelling_verify_keeps_what_was_found(
     store: ModelStore, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -488,6 +675,22 @@ async def test_records_can_be_renamed_and_annotated(
         await store.update("othr", notes="")
 
 
+async def test_names_and_notes_are_text(store: ModelStore, model_path: Path) -> None:
+    await store.import_(model_path)
+    wrong: Any
+    for wrong in (["x"], b"x", 5):
+        with pytest.raises(TypeError, match="notes must be a str"):
+            await store.update("tiny-f32", notes=wrong)
+    for wrong in (None, 5, b"tiny-f32"):
+        for call in (store.get, store.update, store.remove):
+            with pytest.raises(TypeError, match="name must be a str"):
+                await call(wrong)
+    with pytest.raises(TypeError, match="name must be a str"):
+        await store.verify(5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="notes has a lone surrogate"):
+        await store.update("tiny-f32", notes="\ud800")
+
+
 async def test_default_options_are_checked_and_given_ready_to_use(
     store: ModelStore, model_path: Path
 ) -> None:
@@ -509,6 +712,7 @@ async def test_default_options_are_checked_and_given_ready_to_use(
         ({"generation": {"temperature": -1}}, ValueError, "temperature"),
         ({"sampling": {}}, TypeError, "unknown kind"),
         ({"generation": {"logits_processor": print}}, TypeError, "JSON"),
+        ({"generation": {"logit_bias": {5: -1.0}}}, TypeError, "logit_bias cannot have the key 5"),
     ):
         with pytest.raises(error, match=text):
             await store.update("tiny-f32", default_options=wrong)
@@ -533,23 +737,23 @@ def hugging_face(home: Path, data: bytes, commit: str = "c1") -> Path:
     return link
 
 
-def lm_studio(home: Path, data: bytes) -> Path:
-    path = home / ".lmstudio/models/owner/Other-GGUF/Other-Q8_0.gguf"
+def lm_studio(home: Path, data: bytes, name: str = "Other-Q8_0.gguf") -> Path:
+    path = home / ".lmstudio/models/owner/Other-GGUF" / name
     path.parent.mkdir(parents=True)
     path.write_bytes(data)
     return path
 
 
-def ollama(home: Path, data: bytes) -> Path:
+def ollama(home: Path, data: bytes, model: str = "registry.ollama.ai/library/tiny/1b") -> Path:
     digest = hashlib.sha256(data).hexdigest()
     layers = [
         {"mediaType": "application/vnd.ollama.image.template", "digest": "sha256:00"},
         {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{digest}"},
     ]
-    manifest = home / ".ollama/models/manifests/registry.ollama.ai/library/tiny/1b"
+    manifest = home / ".ollama/models/manifests" / model
     blob = home / f".ollama/models/blobs/sha256-{digest}"
     for path in (manifest, blob):
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     manifest.write_text(json.dumps({"layers": layers}))
     blob.write_bytes(data)
     return blob
@@ -587,6 +791,29 @@ async def test_models_of_other_programs_are_found_and_left_where_they_are(
     assert (await store.get("Other-Q8_0")).sha256 == sha256(elsewhere["Other-Q8_0"])
     async with llamactor.load_model(await store.resolve("tiny-1b")) as model:
         assert model.info.architecture == "llama"
+
+
+async def test_models_of_ollama_are_told_apart_by_registry_and_owner(
+    store: ModelStore, home: Path, tmp_path: Path
+) -> None:
+    blobs = {
+        f"ollama:{name}:Q4_0": ollama(
+            home, models.tiny_llama(tmp_path / "x.gguf", seed=seed).read_bytes(), f"{place}/Q4_0"
+        )
+        for seed, (name, place) in enumerate(
+            {
+                "tiny": "registry.ollama.ai/library/tiny",
+                "ada/tiny": "registry.ollama.ai/ada/tiny",
+                "hf.co/ada/tiny": "hf.co/ada/tiny",
+                "hf.co/bob/tiny": "hf.co/bob/tiny",
+                "hf.co/library/tiny": "hf.co/library/tiny",
+            }.items()
+        )
+    }
+    for _ in range(2):  # looking again moves no record
+        await store.discover()
+        assert {model.source: model.path for model in await store.list("ollama:")} == blobs
+    assert await store.resolve("hf.co-bob-tiny-Q4_0") == blobs["ollama:hf.co/bob/tiny:Q4_0"]
 
 
 async def test_discovering_again_adds_nothing_and_forgets_what_is_gone(
@@ -638,6 +865,9 @@ async def test_what_is_no_model_is_passed_over(
     (folder / "mmproj-Other.gguf").write_bytes(b"GGUF")
     (folder / "cut-00001-of-00002.gguf").write_bytes(elsewhere["Other-Q8_0"].read_bytes())
     (folder / "dangling.gguf").symlink_to("nowhere")
+    Path(os.fsdecode(bytes(folder / "caf") + b"\xe9.gguf")).write_bytes(
+        elsewhere["Other-Q8_0"].read_bytes()
+    )
     manifests = home / ".ollama/models/manifests/registry.ollama.ai/library/broken"
     manifests.mkdir()
     for name, text in {"a": "{", "b": "[]", "c": '{"layers": [{}]}', "d": "{}"}.items():
@@ -658,6 +888,19 @@ async def test_a_store_of_a_newer_version_is_left_alone(
     connection.close()
     with pytest.raises(StoreError, match=rf"version {database.VERSION + 1}.*update llamactor"):
         await store.list()
+
+
+async def test_a_store_of_an_older_version_is_taken_over(
+    store: ModelStore, model_path: Path
+) -> None:
+    model = await store.import_(model_path)
+    with sqlite3.connect(store.path / database.FILE_NAME) as connection:
+        connection.execute("ALTER TABLE models DROP COLUMN pulled_as")
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    assert await store.list() == [model]
+    await store.note_use("tiny-f32")
+    assert (await store.get("tiny-f32")).usage_count == 1
 
 
 async def test_a_damaged_database_is_named_and_breaks_no_load_of_a_path(

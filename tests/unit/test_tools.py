@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Literal
 
 import msgspec
+import pydantic
 import pytest
 
 import llamactor
@@ -294,7 +295,6 @@ async def test_what_is_no_text_becomes_json(result: object, told: str) -> None:
 
 
 async def test_a_pydantic_model_becomes_json() -> None:
-    pydantic = pytest.importorskip("pydantic")
     model = pydantic.create_model("Fruit", name=(str, ...))
     tool = Tool("t", handler=lambda: {"best": model(name="apple")})
     assert await Round(tool).answers(call("t")) == ['{"best": {"name": "apple"}}']

@@ -249,11 +249,14 @@ def _prompt(model: Model, case: Case, seed: tuple[int, int]) -> list[int]:
 async def _predictions(model: Model, case: Case, prompts: list[list[int]]) -> float:
     """Return the seconds that replies take from the first call to the last piece."""
     start = perf_counter()
-    async with asyncio.TaskGroup() as group:
-        for prompt in prompts:
-            group.create_task(
-                _read(model.complete(prompt, max_tokens=case.tokens, ignore_eos=True))
-            )
+    try:
+        async with asyncio.TaskGroup() as group:
+            for prompt in prompts:
+                group.create_task(
+                    _read(model.complete(prompt, max_tokens=case.tokens, ignore_eos=True))
+                )
+    except ExceptionGroup as failures:  # the first ends the others
+        raise failures.exceptions[0] from None
     return perf_counter() - start
 
 

@@ -29,7 +29,7 @@ from llamactor.cli.flags import (
 from llamactor.cli.terminal import (
     STDIN,
     Work,
-    explained,
+    complain,
     read_lines,
     say,
     statistics,
@@ -349,7 +349,7 @@ class TerminalChat(Conversation):
         try:
             await self._interruptible(line)
         except (LlamactorError, OSError, ValueError) as error:
-            say(f"llamactor: {explained(error)}\n")
+            complain(error)
 
     async def _interruptible(self, line: str) -> None:
         """Take a line; Ctrl-C ends that and nothing else."""

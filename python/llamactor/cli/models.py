@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from llamactor.cli.flags import Json, StoredName
 from llamactor.cli.tables import counted, show_json, show_table, size
-from llamactor.cli.terminal import Status, Work, complain, progress, write
+from llamactor.cli.terminal import Status, Work, complain, progress, say, write
 from llamactor.store import Capability, ModelStore
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 Name = Annotated[
     str | None, Parameter(metavar="NAME", help="What to call it (a name made of the file's).")
 ]
+
+NO_MODELS = """\
+There are none yet: llamactor pull downloads one, llamactor ls --discover finds those of others.
+"""
 
 
 def ls(
@@ -54,6 +58,8 @@ def ls(
             show_json(models)
         else:
             _show_models(models)
+            if not (models or query or capability):
+                say(NO_MODELS)
         return Status.DONE
 
     return work
@@ -202,11 +208,10 @@ def verify(*names: StoredName, json: Json = False) -> Work:
 
 
 async def _verified(names: tuple[str, ...]) -> list[Verification]:
-    """Check models one by one. Cancelling this stops; what was found wrong stays quarantined."""
+    """Check these models, or all. Cancelling this stops; what was found stays recorded."""
     store = ModelStore()
-    checked = names or [model.name for model in await store.list()]
     found: list[Verification] = []
-    for name in checked:
-        with progress(f"verifying {name}", total=None, in_bytes=True) as bar:
+    for name in names or (None,):
+        with progress(f"verifying {name or 'all'}", total=None, in_bytes=True) as bar:
             found += await store.verify(name, progress=_reporting(bar))
     return found

@@ -9,7 +9,7 @@ from cyclopts import App, Parameter
 from llamactor.cli.flags import ChatFlags, Json, LoadFlags, PresetName
 from llamactor.cli.tables import show_json, show_table, show_values
 from llamactor.cli.terminal import Status, Work
-from llamactor.presets import Preset, Presets
+from llamactor.presets import Keep, Presets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,14 +73,8 @@ def set_(
     generation, load = answer.keywords(), loading.keywords()
 
     async def work(_: Interrupts) -> int:
-        known = {each.name: each for each in await Presets().list()}
-        before = Preset(name) if anew else known.get(name, Preset(name))
-        await Presets().set(
-            name,
-            load={**before.load, **load},
-            generation={**before.generation, **generation},
-            notes=notes,
-        )
+        keep: Keep = "notes" if anew else "options"
+        await Presets().set(name, load=load, generation=generation, notes=notes, keep=keep)
         return Status.DONE
 
     return work

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 CORE = Path(__file__).parents[1].name + "/_core."
 """What the path of every native module of this package has in it."""
+GGUF = b"GGUF"
+"""What every model file begins with."""
 
 
 class LoadedFile(msgspec.Struct, frozen=True):
@@ -108,5 +110,18 @@ def _described(process: psutil.Process) -> Process | None:
         started=datetime.fromtimestamp(process.create_time(), UTC),
         resident_bytes=process.memory_info().rss,
         command=shlex.join(process.cmdline()),
-        models=[LoadedFile(m.path, m.rss) for m in maps if m.path.endswith(".gguf")],
+        models=[LoadedFile(m.path, m.rss) for m in maps if _is_model(Path(m.path))],
     )
+
+
+def _is_model(path: Path) -> bool:
+    # A file that was deleted still has its name; one that a link led to may have any.
+    return path.suffix == ".gguf" or (path.is_file() and _begins_as_gguf(path))
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF)) == GGUF
+    except OSError:
+        return False

@@ -128,9 +128,9 @@ def has_colours() -> bool:
 
 
 def complain(error: object) -> None:
-    """Tell on stderr what went wrong, in one line."""
+    """Tell on stderr what went wrong, in one line without control characters."""
     text = explained(error) if isinstance(error, Exception) else str(error)
-    say(f"llamactor: {' '.join(text.split())}\n")
+    say(f"llamactor: {visible(' '.join(text.split()))}\n")
 
 
 def explained(error: Exception) -> str:

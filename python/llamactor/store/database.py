@@ -27,8 +27,6 @@ T = TypeVar("T")
 
 FILE_NAME = "store.sqlite3"
 """The database, in the folder of the store."""
-VERSION = 1
-"""Of the schema; kept in `user_version`."""
 PATIENCE = 60.0
 """Seconds after which a lock that another process holds is an error."""
 
@@ -37,7 +35,8 @@ class VanishedError(Exception):
     """Files were removed between being put in place and being recorded."""
 
 
-_SCHEMA = """
+_STEPS = (
+    """
 CREATE TABLE models (
     name TEXT NOT NULL PRIMARY KEY COLLATE NOCASE,
     path TEXT NOT NULL UNIQUE,
@@ -60,8 +59,13 @@ CREATE TABLE models (
     notes TEXT NOT NULL,
     quarantined TEXT
 ) STRICT
-"""
-_JSON = ("files", "capabilities", "default_options")
+""",
+    "ALTER TABLE models ADD COLUMN pulled_as TEXT NOT NULL DEFAULT '[]'",
+)
+"""What makes each version of the schema from the one before."""
+VERSION = len(_STEPS)
+"""Of the schema; kept in `user_version`."""
+_JSON = ("files", "capabilities", "default_options", "pulled_as")
 _FIELDS = StoredModel.__struct_fields__
 
 
@@ -87,16 +91,13 @@ def add(folder: Path, model: StoredModel, name: str | None) -> StoredModel:
         if model.owned and not all(file.path.exists() for file in model.files):
             raise VanishedError(model.path)
         models = _select_all(connection)
-        known = _same(models, model)
+        _move_references(connection, models, model)
+        known = _same(models, model.path, model.source)
         if known is None:
             added = msgspec.structs.replace(model, name=_free_name(models, name, model.name))
             _insert(connection, added)
             return added
-        if name is not None and name.casefold() != known.name.casefold():
-            raise ValueError(
-                f"{model.path} is in the store as {known.name!r}; "
-                f"rename it with: store.update({known.name!r}, rename={name!r})"
-            )
+        _check_own_name(known, name)
         if known.owned and not model.owned and known.path != model.path:
             return known  # another program has the same
         renewed = _renewed(known, model)
@@ -104,6 +105,29 @@ def add(folder: Path, model: StoredModel, name: str | None) -> StoredModel:
         return renewed
 
     return _transact(folder, "IMMEDIATE", work)
+
+
+def check_name(models: list[StoredModel], path: Path, source: str, name: str) -> None:
+    """Refuse a name that `add` would refuse while these are all models.
+
+    Raises:
+        ValueError: It belongs to another model, or the path is recorded under another name.
+    """
+    known = _same(models, path, source)
+    if known is None:
+        _free_name(models, name, name)
+    else:
+        _check_own_name(known, name)
+
+
+def unless_recorded(folder: Path, path: Path, act: Callable[[], object]) -> None:
+    """Do something if no record has a path, and let nobody record it meanwhile."""
+
+    def work(connection: sqlite3.Connection) -> None:
+        if all(model.path != path for model in _select_all(connection)):
+            act()
+
+    _transact(folder, "IMMEDIATE", work)
 
 
 def change(folder: Path, name: str, edit: Callable[[StoredModel], StoredModel | None]) -> bool:
@@ -134,12 +158,38 @@ def change(folder: Path, name: str, edit: Callable[[StoredModel], StoredModel | 
     return _transact(folder, "IMMEDIATE", work)
 
 
-def _same(models: list[StoredModel], model: StoredModel) -> StoredModel | None:
+def _same(models: list[StoredModel], path: Path, source: str) -> StoredModel | None:
     """Return the record of a path, else of the one thing that a source names."""
-    found = next((other for other in models if other.path == model.path), None)
-    if found is not None or not model.source.startswith(("hf:", "pkg:", "ollama:")):
+    found = next((model for model in models if model.path == path), None)
+    if found is not None or not source.startswith(("hf:", "pkg:", "ollama:")):
         return found
-    return next((other for other in models if other.source == model.source), None)
+    return next((model for model in models if model.source == source), None)
+
+
+def _check_own_name(known: StoredModel, name: str | None) -> None:
+    if name is not None and name.casefold() != known.name.casefold():
+        raise ValueError(
+            f"{known.path} is in the store as {known.name!r}; "
+            f"rename it with: store.update({known.name!r}, rename={name!r})"
+        )
+
+
+def _move_references(
+    connection: sqlite3.Connection, models: list[StoredModel], pulled: StoredModel
+) -> None:
+    """Take from others the references that have just been found to mean this model."""
+    moved = {*pulled.pulled_as, pulled.source} if pulled.owned else {*pulled.pulled_as}
+    for model in models:
+        kept = tuple(reference for reference in model.pulled_as if reference not in moved)
+        if model.path != pulled.path and kept != model.pulled_as:
+            _write(connection, model.name, msgspec.structs.replace(model, pulled_as=kept))
+
+
+def _references(known: StoredModel, found: StoredModel, source: str) -> tuple[str, ...]:
+    """Return what a record was pulled as besides its source, as long as it is the same model."""
+    same = [file.sha256 for file in known.files] == [file.sha256 for file in found.files]
+    references = (*(known.pulled_as if same else ()), *found.pulled_as)
+    return tuple(dict.fromkeys(each for each in references if each != source))
 
 
 def _renewed(known: StoredModel, found: StoredModel) -> StoredModel:
@@ -156,12 +206,14 @@ def _renewed(known: StoredModel, found: StoredModel) -> StoredModel:
         field: getattr(known, field)
         for field in ("name", "created", "last_used", "usage_count", "tokens_generated")
     }
+    source = known.source if found.source == "import" else found.source
     return msgspec.structs.replace(
         found,
         **kept,
         files=files,
         license=found.license or known.license,
-        source=known.source if found.source == "import" else found.source,
+        source=source,
+        pulled_as=_references(known, found, source),
         default_options=known.default_options,
         notes=known.notes,
         owned=known.owned or found.owned,
@@ -256,10 +308,10 @@ def _connection(path: Path) -> Iterator[sqlite3.Connection]:
     connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
     with contextlib.closing(connection):
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version == 0:
+        if version < VERSION:
             connection.execute("PRAGMA journal_mode = WAL")
             with _transaction(connection, "IMMEDIATE"):
-                _create(connection)
+                _take_steps(connection)
         elif version > VERSION:
             raise StoreError(
                 f"the store's database {path} has version {version}, this llamactor knows up to "
@@ -269,10 +321,11 @@ def _connection(path: Path) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
-def _create(connection: sqlite3.Connection) -> None:
+def _take_steps(connection: sqlite3.Connection) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == 0:  # else another process was first
-        connection.execute(_SCHEMA)
+    if version < VERSION:  # else another process was first
+        for step in _STEPS[version:]:
+            connection.execute(step)
         connection.execute(f"PRAGMA user_version = {VERSION}")
 
 

@@ -28,6 +28,8 @@ OLLAMA_FOLDERS = ("~/.ollama/models", "/usr/share/ollama/.ollama/models")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _OLLAMA_MODEL = "application/vnd.ollama.image.model"
+_OLLAMA_OWN = ("registry.ollama.ai", "library")
+"""The registry and the owner that Ollama leaves out of a name."""
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -107,8 +109,17 @@ def _ollama(folder: Path) -> Iterator[Found]:
         checksum = _ollama_checksum(manifest)
         path = folder / "blobs" / f"sha256-{checksum}"
         if checksum is not None and path.is_file():
-            model = f"{manifest.parent.name}:{manifest.name}"
-            yield Found(path, f"ollama:{model}", model.replace(":", "-"), checksum)
+            model = _ollama_name(manifest)
+            yield Found(path, f"ollama:{model}", model, checksum)
+
+
+def _ollama_name(manifest: Path) -> str:
+    """Return what Ollama calls a model: with the registry and the owner unless they are its own."""
+    *names, tag = manifest.parts[-4:]
+    for own in _OLLAMA_OWN:
+        if names[0] == own:
+            del names[0]
+    return f"{'/'.join(names)}:{tag}"
 
 
 def _ollama_checksum(manifest: Path) -> str | None:

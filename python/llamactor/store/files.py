@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -42,7 +43,8 @@ class Reporter:
         self._loop = loop
         self._progress = progress
         self._total = total
-        self._done = 0
+        self.done = 0
+        """Bytes that are done."""
         self._file = ""
         self._scheduled = False
 
@@ -53,15 +55,20 @@ class Reporter:
 
     def advance(self, count: int) -> None:
         """Add bytes to what is done; a negative count takes some back."""
-        self._done += count
+        self.done += count
         if self._progress is not None and not self._scheduled:
             self._scheduled = True
             self._loop.call_soon_threadsafe(self._tell)
 
+    def go_back(self, done: int) -> None:
+        """Begin again where no more than `done` bytes were done."""
+        if self.done > done:
+            self.advance(done - self.done)
+
     def _tell(self) -> None:
         self._scheduled = False  # first, so that nothing that comes now is lost
         assert self._progress is not None
-        self._progress(DownloadProgress(self._file, self._done, self._total))
+        self._progress(DownloadProgress(self._file, self.done, self._total))
 
 
 def total_size(paths: Sequence[Path]) -> int:
@@ -94,21 +101,29 @@ def _checksum(
 def copy_in(
     paths: Sequence[Path], folder: Path, stop: Stop, reporter: Reporter
 ) -> tuple[ModelFile, ...]:
-    """Copy files into a folder named by their content, whole or not at all; return the copies.
+    """Copy files into a folder named by their content, and return the copies.
 
-    What was copied already is left as it is.
+    Another process may remove them before they are recorded.
     """
     with _temporary(folder) as name:
         copies = [_copy(path, Path(name), stop, reporter) for path in paths]
         stop.check()
         content = "".join(str(copy.sha256) for copy in copies)
         place = folder / hashlib.sha256(content.encode()).hexdigest()[:16]
-        try:
-            Path(name).rename(place)
-        except OSError:
-            if not place.is_dir():  # else it is there already
-                raise
+        _put(Path(name), place)
     return tuple(ModelFile(place / copy.path.name, copy.size_bytes, copy.sha256) for copy in copies)
+
+
+def _put(folder: Path, place: Path) -> None:
+    """Give a folder its name; what has that already may be damaged, or lack some of its files."""
+    try:
+        folder.rename(place)
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
+        with contextlib.suppress(FileNotFoundError):  # it was removed just now
+            for path in folder.iterdir():
+                path.replace(place / path.name)
 
 
 def _temporary(folder: Path) -> tempfile.TemporaryDirectory[str]:
@@ -155,6 +170,19 @@ def examine(
     return None, found_files
 
 
+def stamps(model: StoredModel) -> list[tuple[int, int, int] | None]:
+    """Return what tells whether a model's files were written or replaced; None is a missing one."""
+    return [_stamp(file.path) for file in model.files]
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _size_problem(file: ModelFile) -> str | None:
     try:
         found = file.path.stat()
@@ -174,24 +202,29 @@ def prune(folder: Path, partial: str, stop: Stop) -> int:
         The bytes that they had.
     """
     freed = 0
-    for path in sorted(folder.rglob(f"*{partial}")):
+    for place, folders, names in os.walk(folder):
         stop.check()
-        freed += _delete_unlocked(path)
-    for copy in sorted(folder.rglob(f"{PARTIAL_IMPORT}*")):
-        stop.check()
-        newest = max((path.stat().st_mtime for path in [copy, *copy.iterdir()]), default=0.0)
-        if newest < time.time() - GIVEN_UP:
-            freed += total_size(list(copy.iterdir()))
-            shutil.rmtree(copy, ignore_errors=True)
+        partials = [Path(place, name) for name in names if name.endswith(partial)]
+        copies = [Path(place, name) for name in folders if name.startswith(PARTIAL_IMPORT)]
+        freed += sum(map(_delete_unlocked, partials)) + sum(map(_delete_given_up, copies))
     return freed
 
 
 def _delete_unlocked(path: Path) -> int:
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return 0
-        size = os.fstat(file.fileno()).st_size
-        path.unlink(missing_ok=True)
-        return size
+    # Whoever was writing it may finish at any moment, and another may begin anew.
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = os.fstat(file.fileno())
+        if os.path.samestat(found, path.stat()):
+            path.unlink()
+            return found.st_size
+    return 0
+
+
+def _delete_given_up(copy: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):  # it was put in place just now
+        own, *inside = [path.stat() for path in (copy, *copy.iterdir())]
+        if max(found.st_mtime for found in (own, *inside)) < time.time() - GIVEN_UP:
+            shutil.rmtree(copy, ignore_errors=True)
+            return sum(found.st_size for found in inside)
+    return 0

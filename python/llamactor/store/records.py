@@ -51,8 +51,11 @@ class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     """Where it came from.
 
-    ``import``, ``hf:owner/repo/file.gguf``, ``pkg:name``, ``lmstudio`` or ``ollama:name:tag``.
+    ``import``, ``hf:owner/repo/file.gguf``, ``pkg:name``, ``lmstudio`` or ``ollama:name:tag``, with
+    the name that Ollama shows: ``tiny``, ``owner/tiny`` or ``hf.co/owner/repo``.
     """
+    pulled_as: tuple[str, ...] = ()
+    """Further ``hf:owner/repo/file.gguf`` that it was found to be when they were pulled."""
     owned: bool
     """Whether the files lie in the store, so that `ModelStore.remove` deletes them."""
     created: datetime
@@ -88,7 +91,7 @@ class DownloadProgress(msgspec.Struct, frozen=True):
 
     @property
     def fraction(self) -> float:
-        """Share that is done, 0 to 1; falls only if the hub makes a file be sent again."""
+        """Share that is done, 0 to 1; falls only if a file has to be sent or read again."""
         return self.done_bytes / self.total_bytes if self.total_bytes else 1.0
 
 

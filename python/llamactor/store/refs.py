@@ -93,7 +93,9 @@ def quantization_in(name: str) -> str | None:
 def split_of(stem: str) -> tuple[str, int, int]:
     """Return a file's stem without its part, its part counted from 1, and the number of parts."""
     found = _PART.search(stem)
-    return (stem[: found.start()], int(found[1]), int(found[2])) if found else (stem, 1, 1)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        return stem, 1, 1
+    return stem[: found.start()], int(found[1]), int(found[2])
 
 
 def part_names(name: str) -> list[str]:

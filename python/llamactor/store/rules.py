@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import operator
 import os
 import re
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from llamactor import _checks as check
 from llamactor import _core
 from llamactor.errors import ChecksumError, ModelLoadError, ModelNotFoundError
-from llamactor.presets import generation_values, load_values
+from llamactor.presets import check_bias, generation_values, load_values
 from llamactor.store.refs import (
     UNDERSTOOD,
     HubRef,
@@ -24,6 +25,8 @@ from llamactor.store.refs import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llamactor.store.discovery import Found
     from llamactor.store.records import ModelFile, StoredModel
 
@@ -44,6 +47,14 @@ def check_name(name: str | None) -> None:
             f"name {name[:60]!r} cannot name a model: at most {_LONGEST_NAME} characters, no "
             "slash, colon or control character, no space at either end, and not .gguf at the end"
         )
+
+
+def check_recordable(path: Path) -> None:
+    """Raise if a path cannot be recorded, since no text can say it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{str(path)!r} cannot be recorded: it is no UTF-8; rename it") from None
 
 
 def clean_name(name: str) -> str:
@@ -72,7 +83,10 @@ def near(name: str, models: list[StoredModel]) -> str:
 
 def mentions(model: StoredModel, text: str) -> bool:
     """Return whether a record contains a text, which is in lower case."""
-    fields = (model.name, model.architecture, model.quantization, model.source)
+    fields = (
+        *(model.name, model.architecture, model.quantization),
+        *(model.source, *model.pulled_as),
+    )
     return any(text in field.casefold() for field in fields)
 
 
@@ -94,12 +108,13 @@ def fits(source: str, quantization: str | None, ref: HubRef) -> bool:
 def of_hub(models: list[StoredModel], ref: HubRef) -> StoredModel | None:
     """Return the record that fits a reference best, those before others whose files are here."""
     found = [
-        model
+        # What it was pulled as is newer than what a source has been.
+        (not is_here(model), rank(model.quantization), source == model.source, model.name, model)
         for model in models
-        if fits(model.source, quantization_in(model.source) or model.quantization, ref)
+        for source in (model.source, *model.pulled_as)
+        if fits(source, quantization_in(source) or model.quantization, ref)
     ]
-    order = [(not is_here(model), rank(model.quantization), model.name) for model in found]
-    return found[order.index(min(order))] if found else None
+    return min(found, key=operator.itemgetter(slice(4)))[-1] if found else None
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -152,6 +167,21 @@ def check_loadable(files: tuple[ModelFile, ...]) -> None:
         raise
 
 
+def former_copy(models: list[StoredModel], name: str, folder: Path, paths: Sequence[Path]) -> Path:
+    """Return the path of the model in `folder` that has a name and may be a copy of some files.
+
+    Returns:
+        `folder`, which is no model's path, if there is none.
+    """
+    wanted = [(path.name, path.stat().st_size) for path in paths]
+    for model in models:
+        found = [(file.path.name, file.size_bytes) for file in model.files]
+        named = model.name.casefold() == name.casefold()
+        if named and folder in model.path.parents and found == wanted:
+            return model.path
+    return folder
+
+
 def delete(model: StoredModel, folder: Path) -> None:
     """Delete the files of a model, and the folders that are empty then, inside the store's."""
     for file in model.files:
@@ -180,6 +210,7 @@ def checked_defaults(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
     check.check_known(options, ("load", "generation"), "kind of default options")
     load_values(options.get("load", {}))
     generation_values(options.get("generation", {}))
+    check_bias(options.get("generation", {}))
     try:
         plain: dict[str, dict[str, Any]] = json.loads(json.dumps(options))
     except (TypeError, ValueError) as error:

@@ -36,11 +36,13 @@ from llamactor.store.rules import (
     absolute,
     check_loadable,
     check_name,
+    check_recordable,
     checked_defaults,
     clean_name,
     delete,
     fits,
     forget_if_gone,
+    former_copy,
     is_here,
     mentions,
     name_of_found,
@@ -217,7 +219,7 @@ class ModelStore:
             progress: Called in the loop.
 
         Raises:
-            ValueError: The name is taken, or cannot be one.
+            ValueError: The name is taken, or cannot be one; or the path is no UTF-8.
             ModelNotFoundError: There is no such file.
             ModelLoadError: It is no model.
             OSError: It cannot be copied.
@@ -225,19 +227,23 @@ class ModelStore:
         source = absolute(check.check_path("path", path))
         check.check_bool("copy", copy)
         check_name(name)
-        loop = asyncio.get_running_loop()
+        loop, imported = asyncio.get_running_loop(), self._folder / _IMPORTED
+        check_recordable(imported / source.name if copy else source)
 
         def work(stop: Stop) -> StoredModel:
             _core.check_model_file(str(source))
             paths = [source.with_name(part) for part in part_names(source.name)]
             reporter = files.Reporter(loop, progress, files.total_size(paths))
-            self._check_free(name, source)
+            if name is not None:
+                models = database.all_models(self._folder)
+                place = former_copy(models, name, imported, paths) if copy else source
+                database.check_name(models, place, "import", name)
             if not copy:
                 found = files.checksums(paths, stop, reporter)
                 return self._record(found, "import", owned=False, name=name)
 
             def copied() -> tuple[ModelFile, ...]:
-                return files.copy_in(paths, self._folder / _IMPORTED, stop, reporter)
+                return files.copy_in(paths, imported, stop, reporter)
 
             return self._record_owned(copied, "import", name=name)
 
@@ -252,7 +258,8 @@ class ModelStore:
     ) -> StoredModel:
         """Download a model from the Hugging Face hub, and return its record.
 
-        What is here already is not downloaded again. Token, endpoint, cache and offline mode are
+        What is here already is not downloaded again, whatever it came from: its record stays, and
+        the reference leads to it from now on. Token, endpoint, cache and offline mode are
         those of `huggingface_hub` and its environment variables; the extra ``llamactor[hub]``
         installs it. Failures that may pass are tried again. The file gets its name when all of it
         has arrived and its length, checksum and header were found right.
@@ -288,10 +295,14 @@ class ModelStore:
 
         def work(stop: Stop) -> StoredModel:
             known = self._known_content(model)
-            if known is not None:
-                return self._record(known.files, known.source, owned=known.owned, name=name)
+            # Another process may remove it just now.
+            with contextlib.suppress(database.VanishedError, ModelNotFoundError):
+                if known is not None:
+                    return self._record_again(known, model.source, name)
             folder = self._folder / model.folder
-            self._check_free(name, folder / model.files[0].name)
+            if name is not None:
+                models = database.all_models(self._folder)
+                database.check_name(models, folder / model.files[0].name, model.source, name)
             reporter = files.Reporter(loop, progress, model.size_bytes)
 
             def fetched() -> tuple[ModelFile, ...]:
@@ -334,7 +345,10 @@ class ModelStore:
             TypeError: An option is unknown or has the wrong type.
             ValueError: The new name is taken, or an option is out of range.
         """
+        check.check_text("name", name, empty=False)
         check_name(rename)
+        if notes is not None:
+            check.check_text("notes", notes)
         changes: dict[str, Any] = {"name": rename, "notes": notes}
         if default_options is not None:
             changes["default_options"] = checked_defaults(default_options)
@@ -386,6 +400,7 @@ class ModelStore:
         Raises:
             ModelNotFoundError: There is no such model.
         """
+        check.check_text("name", name, empty=False)
         removed: Models = []
 
         def forget(model: StoredModel) -> None:
@@ -412,6 +427,8 @@ class ModelStore:
         Raises:
             ModelNotFoundError: There is no such model.
         """
+        if name is not None:
+            check.check_text("name", name, empty=False)
         loop = asyncio.get_running_loop()
 
         def work(stop: Stop) -> Verifications:
@@ -419,8 +436,8 @@ class ModelStore:
             total = sum(model.size_bytes for model in models)
             reporter = files.Reporter(loop, progress, total)
             found = [self._verify(model, stop, reporter) for model in models]
-            if name is not None and None in found:
-                self._named(name)  # says what there is instead
+            while name is not None and None in found:  # removed meanwhile; it may have come back
+                found = [self._verify(self._named(name), stop, reporter)]
             return [verification for verification in found if verification is not None]
 
         return await off_loop(work)
@@ -487,11 +504,16 @@ class ModelStore:
     def _known_content(self, model: hub.HubModel) -> StoredModel | None:
         """Return a record of the very files that a hub has, if they are here and sound."""
         wanted = [file.sha256 for file in model.files]
-        for known in database.all_models(self._folder) if None not in wanted else ():
-            same = [file.sha256 for file in known.files] == wanted
-            if same and known.quarantined is None and is_here(known):
-                return known
-        return None
+        found = [
+            known
+            for known in database.all_models(self._folder)
+            if [file.sha256 for file in known.files] == wanted and None not in wanted
+            if known.quarantined is None and is_here(known)
+        ]
+        return min(found, key=lambda known: known.source != model.source, default=None)
+
+    def _record_again(self, known: StoredModel, pulled: str, name: str | None) -> StoredModel:
+        return self._record(known.files, known.source, owned=known.owned, name=name, pulled=pulled)
 
     def _record(
         self,
@@ -502,6 +524,7 @@ class ModelStore:
         name: str | None = None,
         suggested: str | None = None,
         licence: str | None = None,
+        pulled: str | None = None,
     ) -> StoredModel:
         header = read_header(found[0].path)
         model = StoredModel(
@@ -517,10 +540,17 @@ class ModelStore:
             chat_template=header.chat_template,
             license=header.license or licence,
             source=source,
+            pulled_as=(pulled,) if pulled else (),
             owned=owned,
             created=datetime.now(UTC),
         )
-        return database.add(self._folder, model, name)
+        try:
+            return database.add(self._folder, model, name)
+        except ValueError:
+            if owned and source == "import":  # a download is what the next pull finds
+                drop = functools.partial(delete, model, self._folder)
+                database.unless_recorded(self._folder, model.path, drop)
+            raise
 
     def _record_owned(
         self,
@@ -536,16 +566,6 @@ class ModelStore:
             with contextlib.suppress(database.VanishedError, ModelNotFoundError):
                 check_loadable(found)
                 return self._record(found, source, owned=True, name=name, licence=licence)
-
-    def _check_free(self, name: str | None, path: Path) -> None:
-        """Refuse a name that another model has before anything is downloaded or copied.
-
-        A former copy passes, since what is to be copied may be the same.
-        """
-        for model in database.all_models(self._folder) if name is not None else ():
-            copied = model.owned and model.source == "import"
-            if model.name.casefold() == str(name).casefold() and model.path != path and not copied:
-                raise ValueError(f"the name {name!r} belongs to another model of the store")
 
     def _discover(self, stop: Stop) -> Models:
         known = {model.path: model for model in database.all_models(self._folder)}
@@ -568,7 +588,7 @@ class ModelStore:
         return None if found is None else self._record_found(found)
 
     def _record_found(self, found: discovery.Found) -> StoredModel | None:
-        """Record a file of another program; None if it is no model."""
+        """Record a file of another program; None if it is no model, or cannot be recorded."""
         try:
             paths = [found.path.with_name(part) for part in part_names(found.path.name)]
             sizes = [path.stat().st_size for path in paths]
@@ -577,32 +597,36 @@ class ModelStore:
                 for path, size in zip(paths, sizes, strict=True)
             )
             return self._record(listed, found.source, owned=False, suggested=found.name)
-        except (ModelLoadError, ModelNotFoundError, OSError):
+        except (ModelLoadError, ModelNotFoundError, OSError, UnicodeError):
             return None
 
     def _change(self, name: str, edit: Callable[[StoredModel], StoredModel | None]) -> None:
-        if not database.change(self._folder, name, edit):
-            self._named(name)  # says what there is instead
+        while not database.change(self._folder, name, edit):
+            self._named(name)  # says what there is instead, unless it has just come
 
     def _verify(
         self, model: StoredModel, stop: Stop, reporter: files.Reporter
     ) -> Verification | None:
         """Verify a model and note what was found; None if it was removed meanwhile."""
-        looked_at: list[StoredModel] = []
+        latest, noted, done = model, False, reporter.done
 
         def note(current: StoredModel) -> StoredModel:
-            looked_at[:] = [current]
-            if not _is_same(current, model):
+            nonlocal latest, noted
+            latest = current
+            noted = _is_same(current, model) and (not problem or files.stamps(model) == before)
+            if not noted:
                 return current
             return msgspec.structs.replace(current, quarantined=problem, files=found)
 
-        while True:
+        while not noted:  # again, if it has become another while its bytes were read
+            stop.check()
+            reporter.go_back(done)
+            model, before = latest, files.stamps(latest)
             problem, found = files.examine(model, stop, reporter)
             if not database.change(self._folder, model.name, note):
+                reporter.go_back(done)
                 return None
-            if _is_same(looked_at[0], model):
-                return Verification(model.name, problem)
-            model = looked_at[0]  # it has become another while its bytes were read
+        return Verification(model.name, problem)
 
 
 def _is_same(first: StoredModel, second: StoredModel) -> bool:
