@@ -18,7 +18,14 @@ import msgspec
 
 from llamactor import _checks as check
 from llamactor import _core
-from llamactor._hub import call_on_loop, check_loop, finalisers_rest, hub_for, running_loop
+from llamactor._hub import (
+    call_on_loop,
+    check_loop,
+    finalisers_rest,
+    finish,
+    hub_for,
+    running_loop,
+)
 from llamactor.errors import BusyError, LoadCancelledError, StoreError
 from llamactor.model import Model, default_context_options
 from llamactor.options import ContextOptions, LoadKeywords, LoadOptions, load_options
@@ -242,6 +249,7 @@ class NativeLoad:
         self._resolving = False
         self._downloaded = 0.0
         self._call: _core.Call[Any] | None = None
+        self._closing: _core.Call[None] | None = None
         self._waiters: set[asyncio.Future[None]] = set()
         self._hub = hub_for(loop)
         # The loop itself refers to tasks weakly.
@@ -285,8 +293,15 @@ class NativeLoad:
             self._call.cancel()
         if self._native is not None:
             self._error = self._cancellation()
-            self._native[0].close(self._hub.native)
+            self._closing = self._native[0].close(self._hub.native)
             self._native = None
+
+    async def gone(self) -> None:
+        """Wait, after `cancel`, until nothing is left; cancelling this stops the wait only."""
+        while not self.done:
+            await self.change()
+        if self._closing is not None:
+            await finish(self._hub, self._closing, cancellable=False)
 
     def abandon(self) -> None:
         """Nobody refers to it any more: stop, and report a failure that nobody saw."""
@@ -329,14 +344,23 @@ class NativeLoad:
         native = await self._step(
             "weights", _core.load_model(self._hub.native, path, options.native())
         )
+        try:
+            return native, await self._open_context(native, context_options)
+        except BaseException:
+            await finish(self._hub, native.close(self._hub.native), cancellable=False)
+            raise
+
+    async def _open_context(
+        self, native: _core.Model, options: ContextOptions
+    ) -> _core.Context | None:
+        """Return the default context, or None for a model that can have none."""
+        wanted = default_context_options(native.info(), options)
         context = None
-        wanted = default_context_options(native.info(), context_options)
         if wanted is not None and not self._cancelled:
             context = await self._step("context", native.create_context(self._hub.native, wanted))
         if self._cancelled:
-            native.close(self._hub.native)
             raise self._cancellation()
-        return native, context
+        return context
 
     async def _resolve(self) -> Path:
         """Return the file to load, downloaded where it has to be, and count its use."""

@@ -294,7 +294,10 @@ pub fn load_model(hub: &Hub, path: PathBuf, options: LoadOptions) -> PyResult<Ca
         };
         let model = model::Model::load(&path, &params, &mut on_progress);
         let outcome = match model {
-            Ok(_) if cancel.load(Ordering::SeqCst) => Err(Error::LoadCancelled),
+            Ok(model) if cancel.load(Ordering::SeqCst) => {
+                drop(model); // before anybody is told
+                Err(Error::LoadCancelled)
+            }
             model => model.map(|model| Value::Model(Arc::new(model))),
         };
         reporter.finish(outcome);

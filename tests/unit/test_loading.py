@@ -94,6 +94,12 @@ async def test_a_finished_load_that_was_not_delivered_can_be_cancelled(
         await loading
 
 
+async def test_a_load_that_fails_at_its_context_leaves_nothing(tiny_model_path: Path) -> None:
+    with pytest.raises(llamactor.InsufficientMemoryError):
+        await load_model(tiny_model_path, context_size=1 << 30)
+    assert not is_mapped(tiny_model_path)
+
+
 async def test_cancel_after_delivery_leaves_the_model(tiny_model_path: Path) -> None:
     loading = load_model(tiny_model_path)
     async with await loading as model:

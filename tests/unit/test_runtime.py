@@ -25,6 +25,7 @@ from llamactor import (
 from llamactor.chat.tools import ToolKeywords
 from tests.conftest import PATIENCE
 from tests.contexts import soon, until
+from tests.models import tiny_llama
 from tests.speaking import SAYS, SMALL
 from tests.unit.test_loading import is_mapped, until_unmapped
 
@@ -168,6 +169,49 @@ async def test_a_finished_load_that_nobody_got_is_unloaded(
     await until_unmapped(spoken["gamma"])
 
 
+async def test_a_finished_load_that_is_given_up_stays_for_those_who_found_its_model(
+    runtime: Runtime, spoken: dict[str, Path]
+) -> None:
+    loading = runtime.model(spoken["alpha"], **SMALL)
+    async for _ in loading:
+        pass
+    later = runtime.model(spoken["alpha"])
+    async with runtime.model(spoken["alpha"]) as model:
+        loading.cancel()
+        assert (await model.complete("x", max_tokens=8)).content == SAYS["alpha"]
+        assert (await later).epoch == model.epoch
+    await until(lambda: state(runtime) == "idle")
+    with pytest.raises(LoadCancelledError, match="cancelled by its caller"):
+        await loading
+
+
+async def test_a_finished_load_goes_when_all_who_asked_for_it_have_given_up(
+    runtime: Runtime, spoken: dict[str, Path]
+) -> None:
+    first = runtime.model(spoken["alpha"], **SMALL)
+    async for _ in first:
+        pass
+    second = runtime.model(spoken["alpha"])
+    first.cancel()
+    assert len(runtime.loaded()) == 1
+    second.cancel()
+    assert runtime.loaded() == ()
+    await until_unmapped(spoken["alpha"])
+
+
+@pytest.mark.parametrize("turns", [1, 5, 20, 40])
+async def test_a_load_that_is_being_cancelled_is_nobody_else_s(
+    runtime: Runtime, spoken: dict[str, Path], turns: int
+) -> None:
+    loading = runtime.model(spoken["alpha"], **SMALL)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    loading.cancel()
+    model = await runtime.model(spoken["alpha"], **SMALL)
+    assert model.identifier == "alpha"
+    assert (await model.complete("x", max_tokens=8)).content == SAYS["alpha"]
+
+
 async def test_leaving_the_block_of_a_load_unloads_it(
     runtime: Runtime, spoken: dict[str, Path]
 ) -> None:
@@ -186,6 +230,17 @@ async def test_leaving_the_block_of_a_found_model_only_lets_it_go(
         epoch = model.epoch
     assert state(runtime) == "idle"
     assert model.epoch == epoch
+
+
+async def test_a_loading_that_is_entered_twice_lets_its_model_go_twice(
+    runtime: Runtime, spoken: dict[str, Path]
+) -> None:
+    loading = runtime.model(spoken["alpha"], **SMALL)
+    async with loading, loading:
+        await asyncio.sleep(0)
+        assert runtime.snapshot.models[0].leases == 2
+    assert state(runtime) == "idle"
+    await soon(runtime.unload("alpha"))
 
 
 async def test_a_reference_that_leads_nowhere_keeps_its_kind(
@@ -229,6 +284,26 @@ async def test_a_handle_finds_by_name_path_folder_and_architecture(
     for handle in (runtime.get("second"), runtime.get(identifier="first", architecture="mamba")):
         assert handle.identifier is None
         assert handle.info is None
+
+
+async def test_a_path_may_be_given_in_another_way_than_the_model_was_loaded_by(
+    runtime: Runtime, spoken: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = spoken["alpha"].parent
+    monkeypatch.chdir(folder.parent)
+    await runtime.load(f"{folder.name}/alpha.gguf", **SMALL)
+    above = f"../{folder.parent.name}"
+    for place in (
+        f"./{folder.name}",
+        f"{above}/{folder.name}",
+        f"{above}/{folder.name}/alpha.gguf",
+    ):
+        assert runtime.get(path=place).identifier == "alpha", place
+        assert runtime.get(place).identifier == "alpha", place
+    for path in (folder.name, folder, "."):
+        assert runtime.get(path=path).identifier == "alpha", path
+    assert runtime.get(folder.name).identifier is None  # a bare word is a name, and no folder
+    assert runtime.get(path=f"{folder.name}/alph").identifier is None
 
 
 async def test_of_several_models_a_handle_means_the_one_used_last(
@@ -551,6 +626,26 @@ async def test_cancelling_a_swap_before_the_change_leaves_everything(
     await until_unmapped(spoken["beta"])
 
 
+@pytest.mark.parametrize("turns", range(3))
+async def test_cancelling_a_swap_after_the_change_stops_only_the_waiting(
+    runtime: Runtime, spoken: dict[str, Path], turns: int
+) -> None:
+    handle = await runtime.load(spoken["alpha"], identifier="mine", **SMALL)
+    epoch = handle.epoch
+    swapping = asyncio.create_task(runtime.swap("mine", spoken["beta"], **SMALL))
+    async for _ in runtime.status():
+        if handle.epoch != epoch:
+            break
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    swapping.cancel()
+    await asyncio.wait([swapping])
+    gc.collect()
+    await until(lambda: len(runtime.snapshot.models) == 1)
+    assert (await handle.complete("x", max_tokens=8)).content == SAYS["beta"]
+    await until_unmapped(spoken["alpha"])
+
+
 # --- time to live ---------------------------------------------------------------------------------
 
 
@@ -682,6 +777,25 @@ async def test_closing_stops_loads_and_closes_models(spoken: dict[str, Path], ga
     await context.aclose()
 
 
+@pytest.mark.parametrize("turns", [0, 1, 2, 10])
+async def test_closing_waits_for_a_load_that_was_cancelled(
+    spoken: dict[str, Path], turns: int
+) -> None:
+    runtime = Runtime(memory_limit=None)
+    loading = runtime.load(spoken["alpha"], **SMALL)
+    async for progress in loading:
+        if progress.stage == "weights":
+            break
+    loading.cancel()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await runtime.aclose()
+    assert runtime.snapshot.closed
+    assert not is_mapped(spoken["alpha"])
+    names = {task.get_name() for task in asyncio.all_tasks()}
+    assert not {name for name in names if name.startswith("llamactor")}
+
+
 async def test_cancelling_a_close_stops_only_the_waiting(
     spoken: dict[str, Path], gate: Gate
 ) -> None:
@@ -733,6 +847,40 @@ def test_a_runtime_belongs_to_one_loop(spoken: dict[str, Path]) -> None:
         _ = runtime.load(spoken["alpha"])
 
 
+def test_a_finished_load_that_outlives_its_loop_can_be_cancelled(tmp_path: Path) -> None:
+    path = tiny_llama(tmp_path / "model.gguf")
+
+    async def load() -> llamactor.Loading[ModelHandle]:
+        loading = Runtime(memory_limit=None).load(path, **SMALL)
+        async for _ in loading:
+            pass
+        return loading
+
+    loading = asyncio.run(load())
+    loading.cancel()
+    del loading
+    with pytest.warns(ResourceWarning, match="unclosed <Model"):
+        gc.collect()
+
+
+async def test_closing_from_another_loop_is_refused_and_changes_nothing(
+    spoken: dict[str, Path],
+) -> None:
+    runtime = Runtime(memory_limit=None)
+    model = await runtime.load(spoken["alpha"], **SMALL)
+
+    async def close(what: Runtime | ModelHandle) -> None:
+        with pytest.raises(RuntimeError, match="bound to the event loop"):
+            await what.aclose()
+
+    for what in (model, runtime):
+        await asyncio.to_thread(lambda what=what: asyncio.run(close(what)))  # type: ignore[misc]
+        assert (await model.complete("x", max_tokens=8)).content == SAYS["alpha"]
+    await soon(runtime.aclose())
+    assert runtime.snapshot.closed
+    assert not is_mapped(spoken["alpha"])
+
+
 async def test_wrong_arguments_raise_at_the_call(runtime: Runtime) -> None:
     with pytest.raises(TypeError, match="did you mean 'context_size'"):
         _ = runtime.load("x", contxt_size=5)  # type: ignore[call-arg]
@@ -748,6 +896,8 @@ async def test_wrong_arguments_raise_at_the_call(runtime: Runtime) -> None:
         _ = runtime.model("x", sequences=1000)
     with pytest.raises(ValueError, match="threads must be between"):
         Runtime(threads=0)
+    with pytest.raises(TypeError, match=r"presets must be Presets or None, not 'x\.toml'"):
+        Runtime(presets="x.toml")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="drain must be True or False"):
         await runtime.swap("x", "y", drain="yes")  # type: ignore[arg-type]
 

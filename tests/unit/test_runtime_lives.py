@@ -31,7 +31,7 @@ pytestmark = pytest.mark.every_loop
 
 USERS = 6
 STEPS = 25
-EXPECTED = (BusyError, ClosedError, LoadCancelledError, ModelNotLoadedError)
+EXPECTED = (BusyError, ClosedError, InsufficientMemoryError, ModelNotLoadedError)
 
 
 def native_threads() -> int:
@@ -56,7 +56,7 @@ class User:
         actions = (self.ask, self.ask, self.hold, self.load, self.cancel, self.drop)
         for _ in range(STEPS):
             act = self.draw.choice((*actions, self.unload, self.swap, self.read))
-            with contextlib.suppress(*EXPECTED, InsufficientMemoryError):
+            with contextlib.suppress(*EXPECTED):
                 await soon(act(self.draw.choice(list(SAYS))))
 
     def wanted(self, name: str) -> Loading[ModelHandle]:
@@ -85,7 +85,8 @@ class User:
         for _ in range(self.draw.randrange(30)):
             await asyncio.sleep(0)
         loading.cancel()
-        await loading
+        with contextlib.suppress(LoadCancelledError):  # it may have had no effect any more
+            await loading
 
     async def drop(self, name: str) -> None:
         loading = self.runtime.load(self.spoken[name], **SMALL)

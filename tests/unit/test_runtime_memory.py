@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
+import re
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
 import llamactor
-from llamactor import InsufficientMemoryError, Runtime, UnsupportedError
+from llamactor import Device, InsufficientMemoryError, Runtime, UnsupportedError
+from llamactor.runtime.core import insufficient
 from llamactor.runtime.estimate import Wanted, estimate, read_usages, suggest
 from llamactor.runtime.memory import (
     Budget,
     DeviceUsage,
+    MemoryPlan,
     Usages,
     check_limit,
     in_words,
     read_budget,
+    room_on_devices,
 )
 from tests import models as generated
 from tests.contexts import soon, until
@@ -161,6 +166,35 @@ async def test_what_can_never_fit_is_refused_with_what_would(tmp_path: Path) -> 
             await runtime.load(path)
 
 
+async def test_memory_that_llama_cpp_cannot_have_is_told_with_what_was_planned(
+    tmp_path: Path,
+) -> None:
+    path = generated.tiny_llama(tmp_path / "model.gguf", width=256, layers=16)
+    async with Runtime(memory_limit=None) as runtime:
+        with pytest.raises(InsufficientMemoryError) as caught:
+            await runtime.load(path, context_size=1 << 30)
+        plan = caught.value.plan
+        assert plan is not None
+        assert (plan.fits, plan.context_size) == (False, 1 << 30)
+        assert plan.total_bytes > psutil.virtual_memory().total
+        assert runtime.snapshot.memory_bytes == 0
+
+
+async def test_an_idle_model_that_would_go_is_not_counted_against_what_does_not_fit(
+    spoken: dict[str, Path],
+) -> None:
+    limit = await bytes_of(spoken["alpha"])
+    async with Runtime(memory_limit=limit) as runtime:
+        await runtime.load(spoken["alpha"], **SMALL)
+        await asyncio.sleep(0)
+        left = f"memory_limit leaves {in_words(limit)} beside the models that stay"
+        with pytest.raises(InsufficientMemoryError, match=re.escape(left)) as caught:
+            await runtime.load(spoken["beta"], **{**SMALL, "context_size": 100_000})
+        assert caught.value.plan is not None
+        assert caught.value.plan.free_bytes == 0
+        await runtime.load(spoken["beta"], **{**SMALL, **(caught.value.plan.suggestion or {})})
+
+
 async def test_a_quantised_cache_is_suggested_where_a_smaller_context_is_not_enough(
     tmp_path: Path,
 ) -> None:
@@ -219,6 +253,37 @@ def test_a_share_is_never_more_than_what_is_free_or_held() -> None:
     assert read_budget(None, {}).total is None
 
 
+def test_what_a_model_holds_and_others_could_have_all_the_same_is_free_only_once() -> None:
+    """Mapped weights are available to the system, and so are pages that nobody has written."""
+    available, process = psutil.virtual_memory().available, psutil.Process().memory_info()
+    room = read_budget(1.0, {"CPU": 2**60}).per_device["CPU"]
+    assert room - available - (process.rss - process.shared) < 2**30
+
+
+def test_other_devices_than_the_host_never_give_more_than_they_have() -> None:
+    def device(name: str, kind: str, free: int) -> Device:
+        return Device(name, "", name[:-1], kind, memory_total=100, memory_free=free)
+
+    found = [device("CPU", "cpu", 90), device("CUDA0", "gpu", 80), device("CUDA1", "gpu", 10)]
+    assert room_on_devices(found, 0.5, {}) == {"CUDA0": 50, "CUDA1": 10}
+    assert room_on_devices(found, 1.0, {"CUDA1": 20}) == {"CUDA0": 80, "CUDA1": 30}
+    others = {one.name for one in llamactor.devices() if one.kind != "cpu" and one.memory_total}
+    assert set(read_budget(None, {}).per_device) == others
+    assert set(read_budget(2**30, {}).per_device) == others
+    assert set(read_budget(0.5, {}).per_device) == {"CPU", *others}
+
+
+def test_what_does_not_fit_on_a_device_is_told_with_its_name() -> None:
+    usages = {"CPU": DeviceUsage(weights=1 << 20), "CUDA0": DeviceUsage(cache=9 << 20)}
+    plan = MemoryPlan("x", "x.gguf", 512, 4, usages, fits=False, suggestion={"gpu_layers": 2})
+    left = Budget({"CUDA0": 8 << 20}, together=64 << 20).left([{"CUDA0": usages["CPU"]}])
+    assert left == {"CUDA0": 7 << 20, "": 63 << 20}
+    assert str(insufficient(plan, 64 << 20, left)) == (
+        "'x' with context_size=512 takes 9.0 MiB on CUDA0, and that has 7.0 MiB beside the models "
+        "that stay; gpu_layers=2 would fit"
+    )
+
+
 def test_a_budget_counts_each_device_or_all_together() -> None:
     one = {"CPU": DeviceUsage(weights=10, overhead=5), "CUDA0": DeviceUsage(cache=20)}
     assert Budget({"CPU": 15, "CUDA0": 20}).excess([one]) == 0
@@ -226,6 +291,8 @@ def test_a_budget_counts_each_device_or_all_together() -> None:
     assert Budget(together=35).excess([one]) == 0
     assert Budget(together=34).excess([one]) == 1
     assert Budget({"CUDA0": 1}).excess([]) == 0
+    totals = [Budget({"CPU": 2, "CUDA0": 1}).total, Budget({"CUDA0": 1}, together=5).total]
+    assert [*totals, Budget({"CUDA0": 1}).total] == [3, 5, None]
     assert [in_words(n) for n in (5, 2048, 3 << 20, 3 << 40)] == [
         *("5 B", "2.0 KiB", "3.0 MiB", "3.0 TiB")
     ]
@@ -307,7 +374,9 @@ async def test_progress_of_a_load_that_waits_never_falls(
                 gate.open()
         fractions = [progress.fraction for progress in seen]
         assert fractions == sorted(fractions)
-        assert {"waiting", "ready"} <= {progress.stage for progress in seen}
+        stages = [stage for stage, _ in itertools.groupby(progress.stage for progress in seen)]
+        assert len(stages) == len(set(stages))
+        assert {"waiting", "ready"} <= set(stages)
         assert fractions[-1] == 1.0
         await loading
         await prediction
@@ -355,6 +424,25 @@ async def test_a_load_cancelled_while_it_waits_leaves_the_line(
         assert alpha.info is not None
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 0.9, 0.99])
+async def test_what_a_cancelled_load_was_promised_counts_until_it_is_free(
+    spoken: dict[str, Path], fraction: float
+) -> None:
+    async with Runtime(memory_limit=None) as runtime:
+        loading = runtime.load(spoken["alpha"], **SMALL)
+        async for progress in loading:
+            if progress.stage == "weights" and progress.fraction >= fraction:
+                break
+            if progress.stage == "context":
+                break
+        loading.cancel()
+        async for status in runtime.status():
+            if not status.memory_bytes:
+                break
+            assert status.loading or status.models
+        assert not is_mapped(spoken["alpha"])
+
+
 async def test_a_swap_that_does_not_fit_beside_the_old_model_is_refused(
     spoken: dict[str, Path],
 ) -> None:
@@ -363,6 +451,24 @@ async def test_a_swap_that_does_not_fit_beside_the_old_model_is_refused(
         with pytest.raises(InsufficientMemoryError):
             await runtime.swap("alpha", spoken["beta"], **SMALL)
         assert (await alpha.complete("x", max_tokens=8)).content == SAYS["alpha"]
+
+
+async def test_a_swap_leaves_room_for_the_old_model(tmp_path: Path) -> None:
+    path = generated.tiny_llama(tmp_path / "model.gguf", layers=8)
+    async with Runtime(memory_limit=None) as runtime:
+        least = (await runtime.estimate(path, context_size=512)).total_bytes
+        usual = (await runtime.estimate(path)).total_bytes
+    async with Runtime(memory_limit=usual + least // 2) as runtime:
+        await runtime.load(path, identifier="mine", context_size=512)
+        with pytest.raises(InsufficientMemoryError, match="would fit") as caught:
+            await runtime.swap("mine", path, context_size=8192)
+        assert caught.value.plan is not None
+        suggestion = caught.value.plan.suggestion
+        assert suggestion is not None
+        assert 512 <= suggestion["context_size"] < 8192
+        handle = await runtime.swap("mine", path)
+        assert handle.loaded is not None
+        assert handle.loaded.context_size == suggestion["context_size"]
 
 
 @pytest.mark.parametrize("seed", range(2))

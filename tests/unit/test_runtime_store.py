@@ -10,6 +10,7 @@ import pytest
 from llamactor import (
     LoadCancelledError,
     ModelNotFoundError,
+    ModelNotLoadedError,
     PresetNotFoundError,
     Presets,
     Runtime,
@@ -53,6 +54,20 @@ async def test_uses_and_tokens_are_counted_in_the_store(
     async with runtime.load("speaker", **SMALL) as model:
         await model.complete("x", max_tokens=7)
     assert (await runtime.store.get("speaker")).usage_count == 1
+    assert (await runtime.store.get("speaker")).tokens_generated == 7
+
+
+async def test_of_two_who_unload_an_idle_model_at_once_one_does(
+    runtime: Runtime, spoken: dict[str, Path]
+) -> None:
+    await runtime.store.import_(spoken["alpha"], name="speaker")
+    model = await runtime.load("speaker", **SMALL)
+    await model.complete("x", max_tokens=7)
+    await asyncio.sleep(0)
+    outcomes = await asyncio.gather(
+        *(runtime.unload("speaker", "refuse") for _ in range(2)), return_exceptions=True
+    )
+    assert [type(outcome) for outcome in outcomes] == [type(None), ModelNotLoadedError]
     assert (await runtime.store.get("speaker")).tokens_generated == 7
 
 

@@ -22,6 +22,7 @@ from llamactor.errors import BusyError, ClosedError, InsufficientMemoryError, St
 from llamactor.prediction import report_to_loop
 from llamactor.runtime.estimate import Estimate, estimate, suggest
 from llamactor.runtime.memory import (
+    HOST,
     Budget,
     MemoryPlan,
     Usages,
@@ -133,18 +134,19 @@ class RuntimeCore:
     async def budget(self) -> Budget:
         """Return what the models may take now."""
         held = total_by_device(self.usages)
-        if not isinstance(self.limit, float):
-            return read_budget(self.limit, held)
         return await asyncio.to_thread(read_budget, self.limit, held)
 
-    async def estimate(self, wanted: Wanted) -> Estimate:
+    async def estimate(self, wanted: Wanted, spared: Resident | None = None) -> Estimate:
         """Return what a model would take, sized to what can ever be free for it."""
         budget = await self.budget()
-        return await estimate(wanted, functools.partial(self._fits_beside_kept, budget))
+        return await estimate(wanted, functools.partial(self._fits_ever, budget, spared))
 
-    def _fits_beside_kept(self, budget: Budget, usages: Usages) -> bool:
-        kept = [resident.usages for resident in self.residents if resident.keep]
-        return budget.excess([*kept, usages]) == 0
+    def _staying(self, spared: Resident | None) -> list[Resident]:
+        """The models that never go for others, with the one that must not go for this."""
+        return [one for one in self.residents if one.keep or one is spared]
+
+    def _fits_ever(self, budget: Budget, spared: Resident | None, usages: Usages) -> bool:
+        return budget.excess([*(one.usages for one in self._staying(spared)), usages]) == 0
 
     async def plan(self, ref: str, found: Estimate, spared: Resident | None = None) -> MemoryPlan:
         """Return what loading it would mean now."""
@@ -153,7 +155,7 @@ class RuntimeCore:
         waits = () if evicted is not None else self._awaited(budget, found.usages, spared)
         suggestion = None
         if evicted is None and waits is None:
-            fits = functools.partial(self._fits_beside_kept, budget)
+            fits = functools.partial(self._fits_ever, budget, spared)
             suggestion = await suggest(found, fits)
         used = sum(total_by_device(self.usages).values())
         size: Any = found.wanted.context.context_size
@@ -196,11 +198,11 @@ class RuntimeCore:
         self, budget: Budget, usages: Usages, spared: Resident | None
     ) -> tuple[str, ...] | None:
         """The models that have to become idle first; None if that would not help either."""
-        pinned = [one for one in self.residents if one.keep or one is spared]
-        if budget.excess([*(one.usages for one in pinned), usages]):
+        if not self._fits_ever(budget, spared, usages):
             return None
-        staying = [one.identifier for one in self.residents.all if one not in pinned]
-        return (*staying, *(waiting.identifier for waiting in self.promised))
+        staying = self._staying(spared)
+        going = [one.identifier for one in self.residents.all if one not in staying]
+        return (*going, *(waiting.identifier for waiting in self.promised))
 
     async def admit(
         self, ref: str, found: Estimate, waiting: Waiting, on_wait: Callable[[int], None]
@@ -224,7 +226,8 @@ class RuntimeCore:
         budget = await self.budget()
         evicted = self._evictions(budget, waiting.usages, waiting.spared)
         if evicted is None and self._awaited(budget, waiting.usages, waiting.spared) is None:
-            raise insufficient(await self.plan(ref, found, waiting.spared), self.limit)
+            left = budget.left(one.usages for one in self._staying(waiting.spared))
+            raise insufficient(await self.plan(ref, found, waiting.spared), self.limit, left)
         if self.line[0] is not waiting or evicted is None:
             return False
         if evicted:
@@ -280,7 +283,12 @@ class RuntimeCore:
             _ = self.begin_unloading(resident)
 
     def begin_unloading(self, resident: Resident, *, drain: bool = True) -> asyncio.Task[Any]:
-        """Let nobody find it, and close it once what runs there has ended, or at once."""
+        """Let nobody find it, and close it once what runs there has ended, or at once.
+
+        Raises:
+            RuntimeError: another loop runs, or none; nothing has changed then.
+        """
+        _ = self.bind_loop()
         self.residents.unbind(resident)
         self.changed()
         return self.finish_unloading(resident, drain=drain)
@@ -334,21 +342,39 @@ class RuntimeCore:
 
     async def ended(self) -> None:
         """Wait until everything that was started has ended; cancelling stops the waiting only."""
-        if self._tasks:
+        if self._loop is not None and self._tasks:
+            check_loop(self._loop, "a runtime")
             await asyncio.wait(self._tasks)
 
 
-def insufficient(plan: MemoryPlan, limit: float | int | None) -> InsufficientMemoryError:
-    """Return the error that says what was wanted, what there is, and what would work."""
+def insufficient(
+    plan: MemoryPlan, limit: float | int | None, left: dict[str, int]
+) -> InsufficientMemoryError:
+    """Return the error that says what was wanted, what there is, and what would work.
+
+    Args:
+        plan: What was wanted.
+        limit: Of the runtime.
+        left: What the models that stay leave of each budget, as `Budget.left` has it.
+    """
     share = f" ({limit:.0%} of the memory)" if isinstance(limit, float) else ""
-    room = "nothing" if not plan.free_bytes else in_words(plan.free_bytes)
-    advice = "a smaller model or quantisation may"
-    if plan.suggestion is not None:
-        options = ", ".join(f"{name}={value!r}" for name, value in plan.suggestion.items())
-        advice = f"{options} would"
+    taken = total_by_device([plan.per_device]) | {"": plan.total_bytes}
+    device = max(left, key=lambda name: taken.get(name, 0) - left[name])
+    room = in_words(left[device]) if left[device] > 0 else "nothing"
+    if device in {"", HOST}:
+        wanted, there = in_words(taken[device]), f"memory_limit{share} leaves {room}"
+    else:
+        wanted, there = f"{in_words(taken[device])} on {device}", f"that has {room}"
     error = InsufficientMemoryError(
-        f"{plan.ref!r} with context_size={plan.context_size} takes {in_words(plan.total_bytes)}, "
-        f"and memory_limit{share} leaves {room} beside the models that stay; {advice} fit"
+        f"{plan.ref!r} with context_size={plan.context_size} takes {wanted}, and {there} beside "
+        f"the models that stay; {_advice(plan)} fit"
     )
     error.plan = plan
     return error
+
+
+def _advice(plan: MemoryPlan) -> str:
+    if plan.suggestion is None:
+        return "a smaller model or quantisation may"
+    options = ", ".join(f"{name}={value!r}" for name, value in plan.suggestion.items())
+    return f"{options} would"

@@ -4,6 +4,8 @@ Theory of operation. A `Job` runs in a task of its own. Every call that asked fo
 `Share` of it, which is what the `Loading` that was given out refers to; the job goes on while
 anybody's share is alive. A model that has arrived is held for each share until it was delivered,
 and then for as long as the caller runs without suspending: what is called on it at once finds it.
+Whoever finds the model later takes a share of the same job: it goes when all have given up, unless
+somebody has got it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from llamactor.errors import LoadCancelledError
+from llamactor.errors import InsufficientMemoryError, LoadCancelledError
 from llamactor.loading import Loading, LoadProgress, NativeLoad, Stage
 from llamactor.prediction import report_to_loop
 from llamactor.runtime.core import RuntimeCore, Waiting
@@ -72,33 +74,28 @@ Prepare = Callable[["Job"], Any]
 class Job:
     """A load under way."""
 
-    def __init__(
-        self,
-        core: RuntimeCore,
-        request: LoadRequest,
-        prepare: Prepare,
-        resident: Resident | None = None,
-    ) -> None:
-        """Start it; there is nothing to do for a `resident`, which is loaded already."""
+    def __init__(self, core: RuntimeCore, request: LoadRequest, prepare: Prepare) -> None:
+        """Start it."""
         self.core = core
         self.request = request
         self.loop = core.bind_loop()
         self.identifier = request.identifier
-        self.done = resident is not None
+        self.done = False
+        self.stopped = False
+        """Whether it was cancelled, and only ends what it has begun."""
+        self.taken = False
+        """Whether somebody has got its model."""
         self.progress = LoadProgress("resolving", 0.0)
-        self.resident = resident
+        self.resident: Resident | None = None
         self.error: BaseException | None = None
         self.shares: set[Share] = set()
+        """Of those who have not got it yet."""
         self._prepare = prepare
         self._base = 0.0
         self._callbacks: list[Callable[[], object]] = []
         self._watchers: set[asyncio.Future[None]] = set()
-        self._task: asyncio.Task[None] | None = None
-        if resident is None:
-            self._task = core.spawn(self._run(), f"load {request.ref}")
-            self._task.add_done_callback(self._ended)
-        else:
-            self.progress = LoadProgress("ready", 1.0)
+        self._task = core.spawn(self._run(), f"load {request.ref}")
+        self._task.add_done_callback(self._ended)
 
     # --- what shares see --------------------------------------------------------------------------
 
@@ -122,19 +119,29 @@ class Job:
         """Call `callback` when it has ended."""
         self._callbacks.append(callback)
 
+    def take(self, share: Share) -> None:
+        """One has got the model: it stays, whoever gives up."""
+        self.taken = True
+        self.shares.discard(share)
+
     def drop(self, share: Share) -> None:
         """One does not want it any more; the last one stops it."""
         self.shares.discard(share)
-        if not self.shares:
-            self.stop()
+        self._stop_if_unwanted()
         self.changed()
 
     def stop(self) -> None:
-        """Nobody wants it: stop it, or unload what it has loaded."""
-        if self._task is None:
+        """Cancel it; once, since another time would break off what it waits for then."""
+        if not self.stopped:
+            self.stopped = True
+            self._task.cancel()
+
+    def _stop_if_unwanted(self) -> None:
+        """Stop it, or unload what it has loaded, if everybody has given up."""
+        if self.shares or self.taken or self.loop.is_closed():
             return
         if not self.done:
-            self._task.cancel()
+            self.stop()
         elif self.resident is not None and not self.resident.leaving:
             _ = self.core.begin_unloading(self.resident)
 
@@ -163,19 +170,22 @@ class Job:
         self.done = True
         for callback in self._callbacks:
             callback()
-        if not self.shares:  # the last one left when there was nothing to stop any more
-            self.stop()
+        self._stop_if_unwanted()  # the last one left when there was nothing to stop any more
         self.changed()
 
     async def _load(self) -> Resident:
         prepared: Prepared = await self._prepare(self)
-        found = await self.core.estimate(prepared.wanted)
-        waiting = Waiting(prepared.identifier, found.usages, self.request.replaces)
+        ref, replaces = self.request.ref, self.request.replaces
+        found = await self.core.estimate(prepared.wanted, replaces)
+        waiting = Waiting(prepared.identifier, found.usages, replaces)
         try:
-            await self.core.admit(self.request.ref, found, waiting, self._wait)
+            await self.core.admit(ref, found, waiting, self._wait)
             model = await self._load_native(found.wanted)
-        except BaseException:
+        except BaseException as error:
             self.core.withdraw(waiting)
+            if isinstance(error, InsufficientMemoryError) and error.plan is None:
+                plan = await self.core.plan(ref, found, replaces)
+                error.plan = msgspec.structs.replace(plan, fits=False)
             raise
         return self._settle(prepared, found, waiting, model)
 
@@ -184,14 +194,13 @@ class Job:
         loading = Loading(native)
         try:
             async for progress in loading:
-                if not native.done:
+                if not native.done and progress.stage != "resolving":  # that is over
                     share = 1.0 - self._base
                     self._advance(progress.stage, self._base + share * progress.fraction)
             return native.deliver()
         except asyncio.CancelledError:
             loading.cancel()
-            while not native.done:  # nothing may stay behind
-                await native.change()
+            await native.gone()
             raise
 
     def _settle(
@@ -202,9 +211,11 @@ class Job:
         usages = _measured(model, found.usages)
         epoch = core.residents.next_epoch()
         resident = Resident(prepared.identifier, request.ref, found.wanted, model, usages, epoch)
+        resident.job = self
         resident.defaults = prepared.defaults
         resident.ttl, resident.keep = request.ttl, request.keep
         before = core.settle(resident, waiting)
+        self.taken = request.replaces is not None  # by all who have the name
         if before is not None:
             _ = core.finish_unloading(before, drain=request.drain)
         for share in self.shares:
@@ -256,7 +267,7 @@ class Share:
         self._cancelled = False
         self._retrieved = False
         self._lease: Lease | None = None
-        self._block: Lease | None = None
+        self._blocks: list[Lease] = []
         job.shares.add(self)
         if job.resident is not None:
             self.hold(job.resident)
@@ -285,6 +296,7 @@ class Share:
         resident = self._job.resident
         assert resident is not None
         self.delivered = True
+        self._job.take(self)
         if self._lease is not None:
             # Not now: what the caller does with it at once must find it.
             self.loop.call_soon(self._lease.release)
@@ -322,12 +334,12 @@ class Share:
         """Hold the model until the block is left."""
         resident = self._job.resident
         assert resident is not None
-        self._block = resident.model._work.begin()  # noqa: SLF001 -- for this
+        self._blocks.append(resident.model._work.begin())  # noqa: SLF001 -- for this
 
     async def leave(self) -> None:
         """Unload a model of one's own, let another go; cancelling is as with `Runtime.unload`."""
-        if self._block is not None:
-            self._block.release()
+        if self._blocks:
+            self._blocks.pop().release()
         resident = self._job.resident
         if self._owns and resident is not None and not resident.leaving:
             await self._job.core.unloaded(resident, drain=False)

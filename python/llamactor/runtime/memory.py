@@ -124,18 +124,22 @@ class Budget(msgspec.Struct, frozen=True):
 
     def excess(self, usages: Iterable[Usages]) -> int:
         """Return by how many bytes these models together exceed it; 0 if they fit."""
+        return max([0, *(-left for left in self.left(usages).values())])
+
+    def left(self, usages: Iterable[Usages]) -> dict[str, int]:
+        """Return what these models leave of each limit; of that on all together under ``""``."""
         totals = total_by_device(usages)
-        over = [totals.get(name, 0) - limit for name, limit in self.per_device.items()]
+        left = {name: limit - totals.get(name, 0) for name, limit in self.per_device.items()}
         if self.together is not None:
-            over.append(sum(totals.values()) - self.together)
-        return max([0, *over])
+            left[""] = self.together - sum(totals.values())
+        return left
 
     @property
     def total(self) -> int | None:
         """What the limits allow in all; None is no limit."""
         if self.together is not None:
             return self.together
-        return sum(self.per_device.values()) if self.per_device else None
+        return sum(self.per_device.values()) if HOST in self.per_device else None
 
 
 def total_by_device(usages: Iterable[Usages]) -> dict[str, int]:
@@ -167,19 +171,38 @@ def read_budget(limit: float | int | None, held: Mapping[str, int]) -> Budget:
     """Return what may be used now, with `held` bytes in use by the runtime's own models.
 
     A share leaves others what they have: it is of the whole memory, but never more than is free or
-    held. Blocks on the operating system.
+    held. Of other devices than the host there is never more, whatever the limit. Blocks on the
+    operating system.
     """
-    if limit is None:
-        return Budget()
-    if isinstance(limit, int):
-        return Budget(together=limit)
-    ram = psutil.virtual_memory()
-    room = {HOST: min(int(limit * ram.total), ram.available + held.get(HOST, 0))}
-    for device in devices():
-        if device.kind != "cpu" and device.memory_total:
-            free = device.memory_free + held.get(device.name, 0)
-            room[device.name] = min(int(limit * device.memory_total), free)
-    return Budget(per_device=room)
+    share = limit if isinstance(limit, float) else 1.0
+    room = room_on_devices(devices(), share, held)
+    if isinstance(limit, float):
+        room[HOST] = _room_on_host(share, held.get(HOST, 0))
+    return Budget(per_device=room, together=limit if isinstance(limit, int) else None)
+
+
+def room_on_devices(
+    found: Iterable[Device], share: float, held: Mapping[str, int]
+) -> dict[str, int]:
+    """Return such a share of each device but the host, or what is free or held there if less."""
+    return {
+        device.name: min(
+            int(share * device.memory_total), device.memory_free + held.get(device.name, 0)
+        )
+        for device in found
+        if device.kind != "cpu" and device.memory_total
+    }
+
+
+def _room_on_host(share: float, held: int) -> int:
+    """The same of the host, where what models hold may be free all the same.
+
+    Mapped weights and pages that nobody has written are available to others: of what models hold
+    only what this process has to itself comes on top of that.
+    """
+    ram, process = psutil.virtual_memory(), psutil.Process().memory_info()
+    own = process.rss - getattr(process, "shared", 0)
+    return min(int(share * ram.total), ram.available + min(held, own))
 
 
 def read_memory(limit_bytes: int | None, planned_bytes: int) -> Memory:

@@ -10,6 +10,7 @@ import msgspec
 
 from llamactor.errors import ModelNotLoadedError
 from llamactor.options import GenerationOptions
+from llamactor.store.rules import absolute
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from llamactor._home import Home
     from llamactor.model import Model
     from llamactor.runtime.estimate import Wanted
+    from llamactor.runtime.loads import Job
     from llamactor.runtime.memory import DeviceUsage
 
 State: TypeAlias = Literal["idle", "busy", "leaving"]
@@ -71,9 +73,13 @@ class Resident:
         self.identifier = identifier
         self.ref = ref
         self.wanted = wanted
+        self.parts = absolute(wanted.path).parts
+        """Of its file's path, from the root."""
         self.model = model
         self.usages = usages
         self.epoch = epoch
+        self.job: Job
+        """The load that made it, of which whoever finds it takes a share."""
         self.defaults = GenerationOptions()
         """What its predictions use unless they have their own."""
         self.ttl: float | None = None
@@ -147,14 +153,17 @@ class Query(msgspec.Struct, frozen=True):
         return (
             (self.text is None or self._matches_text(resident))
             and self.identifier in {None, resident.identifier}
-            and (self.path is None or _is_at(resident.wanted.path, self.path))
+            and (self.path is None or _is_at(resident.parts, self.path))
             and self.architecture in {None, resident.model.info.architecture}
         )
 
     def _matches_text(self, resident: Resident) -> bool:
         assert self.text is not None
-        names = (resident.identifier, resident.ref, resident.model.info.architecture)
-        return self.text in names or _is_at(resident.wanted.path, self.text)
+        if self.text in {resident.identifier, resident.ref, resident.model.info.architecture}:
+            return True
+        # A bare word is a name, even where a folder is called so.
+        bare = Path(self.text).name == self.text and not self.text.endswith(".gguf")
+        return not bare and _is_at(resident.parts, self.text)
 
     def __str__(self) -> str:
         """Return it for a message."""
@@ -168,13 +177,13 @@ class Query(msgspec.Struct, frozen=True):
         return " with " + ", ".join(parts) if parts else ""
 
 
-def _is_at(path: str, place: str) -> bool:
+def _is_at(parts: tuple[str, ...], place: str) -> bool:
     """Whether a file is the one at `place`, or below that folder; ``owner/repo`` is one, too."""
-    parts, wanted = Path(path).absolute().parts, Path(place).parts
+    whole, wanted = absolute(place).parts, Path(place).parts
+    if parts[: len(whole)] == whole:
+        return True
     if len(wanted) < 2 and not place.endswith(".gguf"):
         return False
-    if Path(place).is_absolute():
-        return parts[: len(wanted)] == wanted
     starts = range(len(parts) - len(wanted) + 1)
     return any(parts[start : start + len(wanted)] == wanted for start in starts)
 

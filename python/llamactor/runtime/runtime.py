@@ -52,7 +52,8 @@ class Runtime:
         Args:
             models_dir: Folder of the model store; None is the user's own.
             memory_limit: What the models may take together: bytes, ``"6GiB"``, or a share of the
-                memory of each device, of which never more than is free; None has no limit.
+                memory of each device, of which never more than is free; None has no limit. Of
+                GPUs there is never more than is free, whatever the limit.
             threads: Compute threads of each context, unless a load has its own; None leaves the
                 loop a core.
             log_level: How much of llama.cpp's log goes to stderr, for the whole process; None
@@ -65,6 +66,8 @@ class Runtime:
         """
         if threads is not None:
             check.check_int("threads", threads, 1, 512, hint="None leaves the loop a core")
+        if not isinstance(presets, Presets | None):
+            raise TypeError(f"presets must be Presets or None, not {check.describe(presets)}")
         if log_level is not None:
             set_log_level(log_level)
         folder = None if models_dir is None else check.check_path("models_dir", models_dir)
@@ -152,8 +155,9 @@ class Runtime:
         request = _request(ref or "", None, preset, ttl, keep=keep, options=options, known=resident)
         if resident is not None:
             self._core.used(resident)
-            return self._loading(Share(self._job(request, resident), self._handle, owns=False))
-        job = next((job for job in self._jobs if _asks_for(job, request.ref)), None)
+            job: Job | None = resident.job
+        else:
+            job = next((job for job in self._jobs if _asks_for(job, request.ref)), None)
         return self._loading(Share(job or self._start(request), self._handle, owns=False))
 
     def get(
@@ -214,9 +218,11 @@ class Runtime:
         self._core.bind_loop()
         if drain != "refuse":
             check.check_bool("drain", drain)
-        resident = self._core.residents.named(check.check_text("identifier", identifier))
+        name = check.check_text("identifier", identifier)
         if drain == "refuse":
             await asyncio.sleep(0)  # what was delivered just now is held until its caller suspends
+        resident = self._core.residents.named(name)
+        if drain == "refuse":
             self._core.refuse_if_busy(resident)
         await self._core.unloaded(resident, drain=drain is not False)
 
@@ -349,8 +355,12 @@ class Runtime:
         """Stop all loads and close all models; idempotent. What runs fails with `ClosedError`.
 
         Cancelling this does not stop the closing, only the waiting for it.
+
+        Raises:
+            RuntimeError: called outside of the runtime's event loop; nothing was closed.
         """
         if not self._core.closed:
+            self._core.bind_loop()
             for job in list(self._jobs):
                 job.stop()
             self._core.close()
@@ -378,13 +388,10 @@ class Runtime:
     # --- how --------------------------------------------------------------------------------------
 
     def _start(self, request: LoadRequest) -> Job:
-        job = self._job(request, None)
+        job = Job(self._core, request, self._prepare)
         self._jobs.append(job)
         job.on_end(lambda: self._jobs.remove(job))
         return job
-
-    def _job(self, request: LoadRequest, resident: Resident | None) -> Job:
-        return Job(self._core, request, self._prepare, resident)
 
     def _loading(self, share: Share) -> Loading[ModelHandle]:
         return Loading(share)
@@ -394,7 +401,7 @@ class Runtime:
 
     def _taken(self) -> set[str | None]:
         names = {resident.identifier for resident in self._core.residents}
-        return {*names, *(job.identifier for job in self._jobs)} - {None}
+        return {*names, *(job.identifier for job in self._jobs if not job.stopped)} - {None}
 
     def _loaded_as(self, ref: str | os.PathLike[str] | None) -> Resident | None:
         """The model that was loaded by this name, reference or path."""
@@ -463,7 +470,7 @@ def _request(
 
 def _asks_for(job: Job, ref: str) -> bool:
     """Whether a load under way will give what is asked for."""
-    waited_for = not job.done and job.request.replaces is None
+    waited_for = not (job.done or job.stopped) and job.request.replaces is None
     return waited_for and (job.identifier == ref or _same(ref, job.request.ref, ""))
 
 
