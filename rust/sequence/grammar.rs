@@ -613,9 +613,10 @@ impl Constraint {
     /// `Grammar` if it was not allowed.
     pub fn accept(&mut self, token: Token, inside: bool) -> Result<()> {
         self.budget.accept();
-        let text = self.words.text(token);
+        let words = Arc::clone(&self.words);
+        let text = words.text(token);
         let taken = match self.gate.phase() {
-            Phase::Content => self.state.take(token, &self.words)?,
+            Phase::Content => self.state.take(token, &words)?,
             Phase::Start if inside => {
                 self.gate.enter();
                 self.state = self.fresh.clone();
@@ -623,7 +624,8 @@ impl Constraint {
             }
             Phase::Start => {
                 let opens = self.gate.open_with(token, text);
-                let fits = self.gate.may_be_content() && self.state.take(token, &self.words)?;
+                // Content that could not be ended is none: what may be the start tag is it.
+                let fits = self.gate.may_be_content() && self.fits(token)? && self.state.take(token, &words)?;
                 self.gate.decide(opens, fits)
             }
             Phase::Inside if inside => {
@@ -633,7 +635,7 @@ impl Constraint {
             Phase::Inside => {
                 let rest = self.gate.rest_of(token, text).unwrap_or_default();
                 self.gate.leave();
-                self.state.accept_bytes(&rest, &self.words)?
+                self.state.accept_bytes(&rest, &words)?
             }
         };
         if taken { Ok(()) } else { Err(not_allowed()) }

@@ -480,6 +480,17 @@ async def test_without_a_trigger_the_text_is_free(tiny_model: Model) -> None:
 
 async def test_a_token_can_be_a_trigger(tiny_model: Model) -> None:
     call = SPOKEN.id("<tool_call>")
+async def test_content_that_could_not_be_ended_is_the_tag(tiny_model: Model) -> None:
+    pattern = "(ok|<[a-z]{100}>)"
+    for limit in range(25, 60, 5):
+        wish = Wish("<ab")
+        result = await soon(
+            start(tiny_model, SPELT, regex=pattern, max_tokens=limit, logits_processor=wish)
+        )
+        assert re.fullmatch(pattern, result.content), (limit, result)
+        assert len(result.tokens) <= limit
+
+
     grammar = lazy('root ::= <tool_call> "{" [0-9]{2} "}"', ("token", "<tool_call>"))
     wish = Wish("so <tool_call", call, "hello")
     result = await soon(start(tiny_model, constraint=grammar, logits_processor=wish))
