@@ -21,7 +21,7 @@ use llguidance::toktrie::SimpleVob;
 
 use self::budget::Budget;
 use self::gate::{Gate, Phase};
-use self::gbnf::{Matcher, Rules};
+use self::gbnf::{Matcher, Rules, Tokens};
 use self::guided::{Guided, unanchored};
 use self::lazy::{Triggers, Waiting};
 use self::tracked::Tracked;
@@ -99,7 +99,8 @@ impl Spec {
             Self::Regex(text) => regex(words, unanchored(text))?,
             Self::Lark(text) => State::Guided(named("Lark grammar", Guided::lark(words, text))?),
             Self::Gbnf { text, root, preserved, prefix } => {
-                let matcher = Matcher::new(Arc::new(Rules::parse(text, root, token)?))?;
+                let tokens = Tokens { by_name: token, is_end: &|token| words.is_eog(token) };
+                let matcher = Matcher::new(Arc::new(Rules::parse(text, root, tokens)?))?;
                 let texts = preserved.iter().filter_map(|name| Some((token(name)?, name.clone().into_bytes())));
                 let mut state = State::Gbnf(matcher, Arc::new(texts.collect()));
                 match state.accept_bytes(prefix.as_bytes(), words)? {
@@ -134,6 +135,11 @@ fn named<T>(what: &str, compiled: Result<T>) -> Result<T> {
 fn not_begun(prefix: &str) -> Error {
     Error::Grammar(format!("no text that the grammar allows begins with {prefix:?}"))
 }
+/// Why a grammar cannot name a token.
+fn ends_a_generation(name: &str) -> String {
+    format!("{name} ends a generation: such a token comes where the text may end, and cannot be named")
+}
+
 
 fn not_allowed() -> Error {
     Error::Grammar("a token was drawn that the grammar does not allow".into())

@@ -621,6 +621,42 @@ async def test_a_malformed_grammar_says_what_is_wrong(tiny_model: Model, name: s
         await soon(tiny_model.complete("@", grammar=grammar))
     with pytest.raises(GrammarError, match=f"(?s){words}"):
         grammar.accepts("a")
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar.gbnf('root ::= "a" <|fim_middle|> "b"'),
+        Grammar.gbnf(f'root ::= "a" <[{SPOKEN.id("<|fim_middle|>")}]> "b"'),
+        Grammar.gbnf(f'root ::= "a" !<[{EOS}]> "b"'),
+        Grammar.lark('start: "a" <|fim_middle|> "b"'),
+        Grammar.lark(f'start: "a" <[{EOS}-{SPOKEN.id("<|fim_middle|>")}]> "b"'),
+    ],
+    ids=lambda grammar: f"{grammar.kind}: {grammar.text}",
+)
+async def test_control_tokens_can_be_named(tiny_model: Model, grammar: Grammar) -> None:
+    middle = SPOKEN.id("<|fim_middle|>")
+    wish = Wish("a", middle, "b")
+    result = await soon(tiny_model.complete("@", grammar=grammar, logits_processor=wish))
+    assert (result.content, result.tokens) == ("ab", [*byte_tokens("a"), middle, *byte_tokens("b")])
+    assert result.stop_reason == "eos"
+
+
+@pytest.mark.parametrize(
+    ("grammar", "name"),
+    [
+        (Grammar.gbnf('root ::= "a" <|im_end|>'), r"<\|im_end\|>"),
+        (Grammar.gbnf(f'root ::= "a" ("b" | <[{EOS}]>)'), rf"<\[{EOS}\]>"),
+        (Grammar.lark('start: "a" <|im_end|>'), r"<\|im_end\|>"),
+        (Grammar.lark(f'start: "a" <[{EOS}]>?'), r"<\|endoftext\|>"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.kind,
+)
+async def test_tokens_that_end_a_generation_cannot_be_named(
+    tiny_model: Model, grammar: Grammar, name: str
+) -> None:
+    with pytest.raises(GrammarError, match=f"{name} ends a generation.*cannot be named"):
+        await soon(tiny_model.complete("@", grammar=grammar))
+
+
 
 
 async def test_a_grammar_that_fails_leaves_the_sequence_to_others(tiny_model: Model) -> None:

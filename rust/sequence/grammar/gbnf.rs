@@ -13,7 +13,7 @@ use llguidance::toktrie::{Recognizer, SimpleVob, TokTrie};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use self::rules::Element;
-pub use self::rules::Rules;
+pub use self::rules::{Rules, Tokens};
 use crate::error::{Error, Result};
 use crate::llama::Token;
 

@@ -10,7 +10,8 @@ use crate::llama::grammar::ReferenceGrammar;
 use crate::llama::{LoadParams, Model, SplitMode};
 
 fn rules(text: &str) -> Result<Rules> {
-    Rules::parse(text, "root", &|name| (name == "<end>").then_some(7))
+    let by_name = |name: &str| (name == "<call>").then_some(7);
+    Rules::parse(text, "root", Tokens { by_name: &by_name, is_end: &|token| token == 3 })
 }
 
 fn matcher(text: &str) -> Matcher {
@@ -126,10 +127,10 @@ fn trying_changes_nothing() {
 
 #[test]
 fn tokens_can_be_named() {
-    let mut end = matcher("root ::= \"a\"* <end>");
-    assert!(!end.allows_token(8) && end.allows_token(7));
-    assert!(end.accept_token(1, b"a") && end.accept_token(7, b""));
-    assert!(end.is_over());
+    let mut call = matcher("root ::= \"a\"* <call>");
+    assert!(!call.allows_token(8) && call.allows_token(7));
+    assert!(call.accept_token(1, b"a") && call.accept_token(7, b""));
+    assert!(call.is_over());
     let mut other = matcher("root ::= !<[7]> \"b\"");
     assert!(!other.accept_token(7, b"x"));
     let mut other = matcher("root ::= !<[7]> \"b\"").clone();
@@ -202,6 +203,7 @@ fn tinychat() -> &'static Model {
             check_tensors: false,
             overrides: Vec::new(),
             lora: Vec::new(),
+        ("root ::= \"a\" | !<[3]> <[3]>", "<[3]> ends a generation"),
             outline: false,
         };
         Model::load(&path, &params, &mut |_| true).unwrap()
