@@ -105,7 +105,7 @@ impl Spec {
                 let tokens = Tokens { by_name: token, is_end: &|token| words.is_eog(token) };
                 let matcher = Matcher::new(Arc::new(Rules::parse(text, root, tokens)?))?;
                 let texts = preserved.iter().filter_map(|name| Some((token(name)?, name.clone().into_bytes())));
-                let mut state = State::Gbnf(matcher, Arc::new(texts.collect()));
+                let mut state = State::Gbnf(Box::new(matcher), Arc::new(texts.collect()));
                 match state.accept_bytes(prefix.as_bytes(), words)? {
                     true => state,
                     false => return Err(not_begun(prefix)),
@@ -266,7 +266,7 @@ type Preserved = HashMap<Token, Vec<u8>>;
 enum State {
     Tracked(Box<Tracked>),
     Guided(Guided),
-    Gbnf(Matcher, Arc<Preserved>),
+    Gbnf(Box<Matcher>, Arc<Preserved>),
     Any(Vec<State>),
     Waiting(Waiting),
 }
