@@ -106,7 +106,8 @@ class Grammar(msgspec.Struct, frozen=True):
         """Return a grammar in GBNF, llama.cpp's notation.
 
         A rule may begin with itself here. Control tokens are allowed where the grammar names them
-        (``<|im_end|>`` or ``<[2]>``), and never by their text.
+        (``<|tool|>``, or ``<[5]>`` by its number), and never by their text. Those that end a
+        generation come where the text may end, and cannot be named.
 
         Args:
             text: The rules.

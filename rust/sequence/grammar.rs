@@ -14,14 +14,14 @@ mod tracked;
 mod words;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use llguidance::toktrie::SimpleVob;
 
 use self::budget::Budget;
 use self::gate::{Gate, Phase};
-use self::gbnf::{Matcher, Rules};
+use self::gbnf::{Matcher, Rules, Tokens};
 use self::guided::{Guided, unanchored};
 use self::lazy::{Triggers, Waiting};
 use self::tracked::Tracked;
@@ -38,6 +38,9 @@ const BOUNDS: Bounds = Bounds { memory: 512 * 1024 * 1024, time: Duration::from_
 
 /// Bytes of a grammar, a regular expression or a schema.
 const MAX_TEXT_BYTES: usize = 1024 * 1024;
+
+/// Bytes of a text that GBNF follows like one token, whose work is bounded.
+const MAX_TOKEN_BYTES: usize = 1024;
 
 /// Compiled grammars that are kept for a model.
 const MAX_KEPT: usize = 64;
@@ -99,9 +102,10 @@ impl Spec {
             Self::Regex(text) => regex(words, unanchored(text))?,
             Self::Lark(text) => State::Guided(named("Lark grammar", Guided::lark(words, text))?),
             Self::Gbnf { text, root, preserved, prefix } => {
-                let matcher = Matcher::new(Arc::new(Rules::parse(text, root, token)?))?;
+                let tokens = Tokens { by_name: token, is_end: &|token| words.is_eog(token) };
+                let matcher = Matcher::new(Arc::new(Rules::parse(text, root, tokens)?))?;
                 let texts = preserved.iter().filter_map(|name| Some((token(name)?, name.clone().into_bytes())));
-                let mut state = State::Gbnf(matcher, Arc::new(texts.collect()));
+                let mut state = State::Gbnf(Box::new(matcher), Arc::new(texts.collect()));
                 match state.accept_bytes(prefix.as_bytes(), words)? {
                     true => state,
                     false => return Err(not_begun(prefix)),
@@ -131,6 +135,11 @@ fn named<T>(what: &str, compiled: Result<T>) -> Result<T> {
     compiled.map_err(|error| Error::Grammar(format!("the {what} cannot be used: {error}")))
 }
 
+/// Why a grammar cannot name a token.
+fn ends_a_generation(name: &str) -> String {
+    format!("{name} ends a generation: such a token comes where the text may end, and cannot be named")
+}
+
 fn not_begun(prefix: &str) -> Error {
     Error::Grammar(format!("no text that the grammar allows begins with {prefix:?}"))
 }
@@ -139,12 +148,15 @@ fn not_allowed() -> Error {
     Error::Grammar("a token was drawn that the grammar does not allow".into())
 }
 
+/// What has come of compiling a grammar: its beginning, or what is wrong. Whoever compiles it has the lock.
+type Compiled = Arc<Mutex<Option<Result<State, String>>>>;
+
 /// Grammars of one model, compiled.
 pub struct Grammars {
     words: Arc<Words>,
     llama: Option<Arc<llama::Model>>,
     /// The most recently used last.
-    kept: Mutex<Vec<(Spec, State)>>,
+    kept: Mutex<Vec<(Spec, Compiled)>>,
 }
 
 impl Grammars {
@@ -169,33 +181,54 @@ impl Grammars {
         Ok(DETACHED.get_or_init(|| made))
     }
 
-    /// A state at the beginning of a text.
+    /// A state at the beginning of a text. Those who want it while it is compiled wait, and share what comes of it.
     fn state(&self, spec: &Spec) -> Result<State> {
-        if let Some(state) = self.recall(spec) {
-            return Ok(state);
-        }
         spec.check()?;
+        let compiled = self.recall(spec);
+        let mut outcome = lock(&compiled);
+        match outcome.get_or_insert_with(|| self.compile(spec).map_err(|error| error.to_string())) {
+            Ok(state) => {
+                self.forget_oldest();
+                Ok(state.fork())
+            }
+            Err(message) => {
+                // A busy machine may be what is wrong: who asks later tries again.
+                lock(&self.kept).retain(|(_, kept)| !Arc::ptr_eq(kept, &compiled));
+                Err(Error::Grammar(message.clone()))
+            }
+        }
+    }
+
+    /// What is kept of a grammar, or is to be.
+    fn recall(&self, spec: &Spec) -> Compiled {
+        let mut kept = lock(&self.kept);
+        let entry = match kept.iter().position(|(known, _)| known == spec) {
+            Some(index) => kept.remove(index),
+            None => (spec.clone(), Compiled::default()),
+        };
+        let compiled = Arc::clone(&entry.1);
+        kept.push(entry);
+        compiled
+    }
+
+    fn forget_oldest(&self) {
+        let mut kept = lock(&self.kept);
+        let surplus = kept.len().saturating_sub(MAX_KEPT);
+        kept.drain(..surplus);
+    }
+
+    fn compile(&self, spec: &Spec) -> Result<State> {
         let (words, llama, wanted) = (Arc::clone(&self.words), self.llama.clone(), spec.clone());
         let compiled = run_bounded("llamactor-grammar", BOUNDS, move || {
             wanted.compile(&words, &|name| token_of(llama.as_deref()?, name))
         });
-        let state = compiled.map_err(unfinished)??;
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() >= MAX_KEPT {
-            kept.remove(0);
-        }
-        kept.push((spec.clone(), state.fork()));
-        Ok(state)
+        compiled.map_err(unfinished)?
     }
+}
 
-    fn recall(&self, spec: &Spec) -> Option<State> {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = kept.iter().position(|(known, _)| known == spec)?;
-        let found = kept.remove(index);
-        let state = found.1.fork();
-        kept.push(found);
-        Some(state)
-    }
+/// What a panic has left is what it was before.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn unfinished(unfinished: Unfinished) -> Error {
@@ -233,7 +266,7 @@ type Preserved = HashMap<Token, Vec<u8>>;
 enum State {
     Tracked(Box<Tracked>),
     Guided(Guided),
-    Gbnf(Matcher, Arc<Preserved>),
+    Gbnf(Box<Matcher>, Arc<Preserved>),
     Any(Vec<State>),
     Waiting(Waiting),
 }
@@ -308,7 +341,7 @@ impl State {
             Self::Tracked(tracked) => tracked.accept_bytes(bytes, words),
             Self::Guided(guided) => guided.accept_bytes(bytes, words),
             Self::Gbnf(matcher, _) => {
-                let taken = matcher.accept(bytes);
+                let taken = bytes.chunks(MAX_TOKEN_BYTES).all(|part| matcher.accept(part));
                 matcher.check().map(|()| taken)
             }
             Self::Any(states) => keep_those(states, |state| state.accept_bytes(bytes, words)),
@@ -613,9 +646,10 @@ impl Constraint {
     /// `Grammar` if it was not allowed.
     pub fn accept(&mut self, token: Token, inside: bool) -> Result<()> {
         self.budget.accept();
-        let text = self.words.text(token);
+        let words = Arc::clone(&self.words);
+        let text = words.text(token);
         let taken = match self.gate.phase() {
-            Phase::Content => self.state.take(token, &self.words)?,
+            Phase::Content => self.state.take(token, &words)?,
             Phase::Start if inside => {
                 self.gate.enter();
                 self.state = self.fresh.clone();
@@ -623,7 +657,8 @@ impl Constraint {
             }
             Phase::Start => {
                 let opens = self.gate.open_with(token, text);
-                let fits = self.gate.may_be_content() && self.state.take(token, &self.words)?;
+                // Content that could not be ended is none: what may be the start tag is it.
+                let fits = self.gate.may_be_content() && self.fits(token)? && self.state.take(token, &words)?;
                 self.gate.decide(opens, fits)
             }
             Phase::Inside if inside => {
@@ -633,7 +668,7 @@ impl Constraint {
             Phase::Inside => {
                 let rest = self.gate.rest_of(token, text).unwrap_or_default();
                 self.gate.leave();
-                self.state.accept_bytes(&rest, &self.words)?
+                self.state.accept_bytes(&rest, &words)?
             }
         };
         if taken { Ok(()) } else { Err(not_allowed()) }
@@ -668,3 +703,6 @@ impl Verdict {
         if allowed { Self::Allowed } else { Self::Refused }
     }
 }
+
+#[cfg(test)]
+mod tests;

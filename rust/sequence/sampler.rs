@@ -190,14 +190,29 @@ impl Sampler {
                 *logit = f32::NEG_INFINITY;
             }
         }
+        // A draw looks at the whole row. So that few are needed, each that is refused has twice as many tokens judged.
+        let mut n_judged = 1;
         while logits::max(row) > f32::NEG_INFINITY {
             let token = self.draw(row)?;
             match constraint.judge(token)? {
                 Verdict::Refused => change(row, token, |_| f32::NEG_INFINITY),
                 verdict => return Ok(Some((token, verdict))),
             }
+            self.strike_out(row, n_judged, constraint)?;
+            n_judged = (2 * n_judged).min(row.len());
         }
         Ok(None)
+    }
+
+    /// Takes out what the constraint refuses of the `n` best.
+    fn strike_out(&mut self, row: &mut [f32], n: usize, constraint: &mut Constraint) -> Result<()> {
+        logits::top_n(row, n, &mut self.ranked);
+        for &(token, _) in &self.ranked {
+            if constraint.judge(token)? == Verdict::Refused {
+                change(row, token, |_| f32::NEG_INFINITY);
+            }
+        }
+        Ok(())
     }
 
     fn pick(&mut self, logits: &[f32]) -> Result<Token> {

@@ -198,6 +198,7 @@ def child(model, prediction):
         lambda: prediction.done,
         lambda: prediction.cancel(),
         lambda: asyncio.run(load()),
+        lambda: llamactor.Grammar.regex("a").accepts("a"),
     ):
         try:
             call()
@@ -224,7 +225,7 @@ async def main():
 asyncio.run(main())
 """
     ended = run(tiny_model_path, script)
-    assert ended.stdout == "refused 4\ngoes on\n", ended.stderr
+    assert ended.stdout == "refused 5\ngoes on\n", ended.stderr
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
@@ -265,6 +266,8 @@ CALLS = {
     "aiter": lambda: aiter(prediction),
     "events": lambda: prediction.events(),
     "load_model": lambda: llamactor.load_model(sys.argv[1]),
+    "grammar.accepts": lambda: llamactor.Grammar.regex("a").accepts("a"),
+    "grammar.parse": lambda: llamactor.Grammar.regex("a").parse("a"),
 }
 AWAITED = {
     "create_context": lambda: model.create_context(context_size=256),

@@ -2,25 +2,31 @@
 //!
 //! llama.cpp keeps a list of stacks, each a vector; a grammar with two ways to say the same doubles them with every
 //! character, in C++ that nothing can interrupt. Here stacks that go on alike are one: a *node* stands for everybody
-//! who waits for a rule to end, and knows where each of them goes on. So the work for a character is bounded by the
+//! who waits for a rule to end, and knows where each of them goes on. Nodes in which the same wait are one as well, so
+//! what can be read in many ways that go on alike stays as small as it is. The work for a character is bounded by the
 //! length of the text, whatever the grammar, and a rule may begin with itself.
 
 mod rules;
 
+use std::hash::BuildHasher;
 use std::sync::Arc;
 
 use llguidance::toktrie::{Recognizer, SimpleVob, TokTrie};
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::{FxBuildHasher, FxHashMap, FxHashSet};
 
 use self::rules::Element;
-pub use self::rules::Rules;
+pub use self::rules::{Rules, Tokens};
 use crate::error::{Error, Result};
 use crate::llama::Token;
 
 /// Places in the grammar that one question may lead through; a tenth of a second's work, or two.
 const MAX_PLACES: u32 = 5_000_000;
+/// The same for each token of the vocabulary when all are asked for.
+const PLACES_PER_TOKEN: u32 = 100;
 /// Rules that wait for others to end.
 const MAX_NODES: usize = 1_000_000;
+/// Places where they wait.
+const MAX_WAITING: usize = 4_000_000;
 /// Nodes from which those that nobody needs are dropped.
 const SWEEP: usize = 4_096;
 
@@ -30,10 +36,13 @@ const DONE: u32 = u32::MAX;
 /// What waits when nothing does.
 const BOTTOM: u32 = 0;
 
+/// A node in itself: who waits there waits there again.
+const ITSELF: u32 = u32::MAX;
+
 /// A place in the grammar, and who waits for its rule to end.
 type Head = (u32, u32);
 
-/// Who waits for a rule: where each goes on, and who waits for that.
+/// Who waits for a rule: where each goes on, and who waits for that. In order, once the step is over that made it.
 type Node = Vec<Head>;
 
 /// A character of which some bytes have come.
@@ -92,7 +101,11 @@ pub struct Matcher {
     heads: Vec<Head>,
     /// The first is the text so far; more follow while texts are tried.
     frames: Vec<Frame>,
+    /// Nodes by what `print` makes of who waits in them.
+    known: FxHashMap<u64, u32>,
     sweep_at: usize,
+    /// Places in the nodes, those included that were dropped since the last sweep.
+    n_waiting: usize,
     /// Places that may still be passed, and how many there are for each question.
     fuel: u32,
     fuel_per_question: u32,
@@ -109,6 +122,25 @@ struct Scratch {
     calls: FxHashMap<u32, u32>,
     /// The nodes that were left in this step: who waits there has gone on.
     left: FxHashSet<u32>,
+    /// What has become of the nodes that were made in this step, and those that are to be looked at.
+    fates: Vec<Fate>,
+    todo: Vec<u32>,
+}
+
+/// What becomes of a node when the step is over that made it.
+#[derive(Clone, Copy, PartialEq)]
+enum Fate {
+    /// Nobody leads to it so far.
+    Unseen,
+    /// Those who wait in it are being looked at.
+    Open,
+    /// It is this node.
+    Named(u32),
+}
+
+/// Equal for nodes in which the same wait, and hardly ever for others.
+fn print(node: &Node) -> u64 {
+    FxBuildHasher.hash_one(node)
 }
 
 impl Matcher {
@@ -122,7 +154,9 @@ impl Matcher {
             nodes: vec![Node::new()],
             heads: Vec::new(),
             frames: Vec::new(),
+            known: FxHashMap::default(),
             sweep_at: SWEEP,
+            n_waiting: 0,
             fuel: MAX_PLACES,
             fuel_per_question: MAX_PLACES,
             exceeded: false,
@@ -173,6 +207,7 @@ impl Matcher {
         if !self.allows_token(token) {
             return !bytes.is_empty() && self.accept(bytes);
         }
+        self.fuel = self.fuel_per_question;
         let named: Vec<Head> = self.heads().iter().copied().filter(|&head| self.names(head, token)).collect();
         let by_text = !bytes.is_empty() && bytes.iter().all(|&byte| self.push(byte));
         let partial = if by_text { self.current().partial } else { Partial::default() };
@@ -201,7 +236,8 @@ impl Matcher {
 
     /// Adds the tokens whose texts may follow.
     pub fn add_texts(&mut self, trie: &TokTrie, tokens: &mut SimpleVob) {
-        self.fuel = self.fuel_per_question;
+        let places = PLACES_PER_TOKEN.saturating_mul(trie.vocab_size() as u32);
+        self.fuel = self.fuel_per_question.max(places);
         trie.add_bias(self, tokens, &[]);
     }
 
@@ -211,7 +247,7 @@ impl Matcher {
             false => Ok(()),
             true => Err(Error::Grammar(format!(
                 "the GBNF grammar is too ambiguous: a token leads through more than {MAX_PLACES} places in it, or has \
-                 {MAX_NODES} rules wait for each other"
+                 more than {MAX_NODES} rules wait for each other, or in more than {MAX_WAITING} places"
             ))),
         }
     }
@@ -287,9 +323,9 @@ impl Matcher {
                 self.scratch.work.clear();
             }
         }
+        self.join(start, n_nodes);
         let end = self.heads.len();
         if start == end {
-            self.nodes.truncate(n_nodes);
             return false;
         }
         self.frames.push(Frame { heads: (start, end), n_nodes, partial });
@@ -315,7 +351,8 @@ impl Matcher {
             return;
         }
         if self.scratch.left.insert(node) {
-            self.scratch.work.extend_from_slice(&self.nodes[node as usize]);
+            let waiting = self.nodes[node as usize].iter();
+            self.scratch.work.extend(waiting.map(|&(place, next)| (place, if next == ITSELF { node } else { next })));
         }
     }
 
@@ -335,6 +372,7 @@ impl Matcher {
             }
         };
         self.nodes[callee as usize].push((back, node));
+        self.n_waiting += 1;
         if self.scratch.left.contains(&callee) {
             // It can be nothing, and has been.
             self.scratch.work.push((back, node));
@@ -346,12 +384,105 @@ impl Matcher {
         self.scratch.work.extend(starts.iter().map(|&start| (start, node)));
     }
 
+    // ---- nodes ----------------------------------------------------------------------------------------------------
+
+    /// Ends a step, whose heads begin at `start` and its nodes at `first`: those that are like older ones become these,
+    /// and those that no head leads to go. So a rule that is begun again at every character is one node, not one for each.
+    fn join(&mut self, start: usize, first: usize) {
+        if self.nodes.len() == first {
+            return;
+        }
+        self.scratch.fates.clear();
+        self.scratch.fates.resize(self.nodes.len() - first, Fate::Unseen);
+        self.scratch.todo.extend(self.heads[start..].iter().map(|head| head.1));
+        while let Some(node) = self.scratch.todo.pop() {
+            match self.fate(node, first) {
+                Fate::Unseen => self.open(node, first),
+                Fate::Open => self.scratch.fates[node as usize - first] = Fate::Named(self.name(node, first)),
+                Fate::Named(_) => {}
+            }
+        }
+        self.rename_heads(start, first);
+        self.drop_others(first);
+    }
+
+    /// Has a node looked at once more, when those in which it waits have their names.
+    fn open(&mut self, node: u32, first: usize) {
+        let Scratch { fates, todo, .. } = &mut self.scratch;
+        fates[node as usize - first] = Fate::Open;
+        todo.push(node);
+        let waiting = self.nodes[node as usize].iter().map(|&(_, next)| next);
+        todo.extend(waiting.filter(|&next| next as usize >= first && fates[next as usize - first] == Fate::Unseen));
+    }
+
+    /// What becomes of a node; those before `first` stay.
+    fn fate(&self, node: u32, first: usize) -> Fate {
+        match (node as usize).checked_sub(first) {
+            Some(index) => self.scratch.fates[index],
+            None => Fate::Named(node),
+        }
+    }
+
+    /// The node in which the same wait: an older one or, if there is none, itself. A name that is not known yet is that
+    /// of a node in a circle with this one, which no older node can be alike.
+    fn name(&mut self, node: u32, first: usize) -> u32 {
+        let mut waiting = std::mem::take(&mut self.nodes[node as usize]);
+        for (_, next) in &mut waiting {
+            *next = match self.fate(*next, first) {
+                _ if *next == node => ITSELF,
+                Fate::Named(name) => name,
+                Fate::Unseen | Fate::Open => *next,
+            };
+        }
+        waiting.sort_unstable();
+        waiting.dedup();
+        let print = print(&waiting);
+        match self.known.get(&print) {
+            Some(&known) if (known as usize) < first && self.nodes[known as usize] == waiting => known,
+            _ => {
+                self.known.insert(print, node);
+                self.nodes[node as usize] = waiting;
+                node
+            }
+        }
+    }
+
+    /// Has the heads wait in the nodes as they are named now, each once.
+    fn rename_heads(&mut self, start: usize, first: usize) {
+        self.scratch.seen.clear();
+        let mut end = start;
+        for index in start..self.heads.len() {
+            let (place, node) = self.heads[index];
+            let Fate::Named(name) = self.fate(node, first) else { continue };
+            if self.scratch.seen.insert((place, name)) {
+                self.heads[end] = (place, name);
+                end += 1;
+            }
+        }
+        self.heads.truncate(end);
+    }
+
+    /// Drops the nodes of this step that are others now, or nobody's.
+    fn drop_others(&mut self, first: usize) {
+        let mut end = first;
+        for node in first..self.nodes.len() {
+            match self.scratch.fates[node - first] {
+                Fate::Named(name) if name as usize == node => end = node + 1,
+                _ => self.nodes[node] = Node::new(),
+            }
+        }
+        self.nodes.truncate(end);
+    }
+
     /// Forgets what was tried after the first `n` frames.
     fn back_to(&mut self, n: usize) {
         if n >= self.frames.len() {
             return;
         }
-        self.nodes.truncate(self.frames[n..].iter().map(|frame| frame.n_nodes).min().unwrap_or(usize::MAX));
+        let n_nodes = self.frames[n..].iter().map(|frame| frame.n_nodes).min().unwrap_or(usize::MAX);
+        for node in self.nodes.drain(n_nodes.min(self.nodes.len())..) {
+            self.known.remove(&print(&node));
+        }
         self.frames.truncate(n);
         self.heads.truncate(self.current().heads.1);
     }
@@ -363,9 +494,11 @@ impl Matcher {
         self.heads.truncate(frame.heads.1 - frame.heads.0);
         self.frames.clear();
         self.frames.push(Frame { heads: (0, self.heads.len()), n_nodes: self.nodes.len(), partial: frame.partial });
-        if self.nodes.len() >= self.sweep_at {
+        if self.nodes.len() >= self.sweep_at || self.n_waiting > MAX_WAITING {
             self.sweep();
             self.sweep_at = SWEEP.max(2 * self.nodes.len());
+            self.n_waiting = self.nodes.iter().map(Vec::len).sum();
+            self.exceeded |= self.n_waiting > MAX_WAITING;
         }
     }
 
@@ -389,13 +522,15 @@ impl Matcher {
         }
         while let Some(node) = todo.pop() {
             let mut waiting = std::mem::take(&mut self.nodes[node as usize]);
-            for (_, next) in &mut waiting {
+            for (_, next) in waiting.iter_mut().filter(|waiting| waiting.1 != ITSELF) {
                 *next = name(*next, &mut kept, &mut todo);
             }
+            waiting.sort_unstable();
             let place = name(node, &mut kept, &mut todo);
             kept[place as usize] = waiting;
         }
         self.nodes = kept;
+        self.known = self.nodes.iter().zip(0..).skip(1).map(|(node, name)| (print(node), name)).collect();
     }
 }
 

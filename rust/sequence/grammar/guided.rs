@@ -1,8 +1,8 @@
 //! llguidance's matchers: regular expressions, Lark, and the grammars of schemas.
 
-use llguidance::Matcher;
 use llguidance::api::{GrammarInit, StopReason, TopLevelGrammar};
 use llguidance::toktrie::SimpleVob;
+use llguidance::{Matcher, TokenParser};
 
 use super::words::Words;
 use crate::error::{Error, Result};
@@ -22,7 +22,11 @@ impl Guided {
     /// # Errors
     /// `Grammar` with llguidance's words.
     pub fn lark(words: &Words, text: &str) -> Result<Self> {
-        Self::compile(words, TopLevelGrammar::from_lark(text.to_owned()))
+        let parser = parser(words, GrammarInit::Serialized(TopLevelGrammar::from_lark(text.to_owned())))?;
+        match named_end(&parser, words) {
+            Some(end) => Err(Error::Grammar(super::ends_a_generation(&words.name(end)))),
+            None => Ok(Self::new(parser)),
+        }
     }
 
     /// Compiles a regular expression that the whole text must match.
@@ -30,11 +34,7 @@ impl Guided {
     /// # Errors
     /// `Grammar` with llguidance's words.
     pub fn regex(words: &Words, text: &str) -> Result<Self> {
-        Self::compile(words, TopLevelGrammar::from_regex(text))
-    }
-
-    fn compile(words: &Words, grammar: TopLevelGrammar) -> Result<Self> {
-        Self::from_grammar(words, GrammarInit::Serialized(grammar))
+        Self::from_grammar(words, GrammarInit::Serialized(TopLevelGrammar::from_regex(text)))
     }
 
     /// A matcher for a grammar.
@@ -42,8 +42,11 @@ impl Guided {
     /// # Errors
     /// `Grammar` with llguidance's words.
     pub fn from_grammar(words: &Words, grammar: GrammarInit) -> Result<Self> {
-        let parser = words.factory().create_parser_from_init_default(grammar).map_err(refused)?;
-        Ok(Self { matcher: Box::new(Matcher::new(Ok(parser))), stuck: None })
+        parser(words, grammar).map(Self::new)
+    }
+
+    fn new(parser: TokenParser) -> Self {
+        Self { matcher: Box::new(Matcher::new(Ok(parser))), stuck: None }
     }
 
     /// The same state, with caches of its own.
@@ -97,6 +100,21 @@ impl Guided {
     pub fn is_over(&self) -> bool {
         self.stuck.is_some() || self.matcher.is_stopped()
     }
+}
+
+fn parser(words: &Words, grammar: GrammarInit) -> Result<TokenParser> {
+    words.factory().create_parser_from_init_default(grammar).map_err(refused)
+}
+
+/// A token that the grammar names, and no other with it, although it ends a generation.
+fn named_end(parser: &TokenParser, words: &Words) -> Option<Token> {
+    let tokens = || 0..words.trie().vocab_size() as Token;
+    let ends: Vec<Token> = tokens().filter(|&token| words.is_eog(token)).collect();
+    parser.parser.grammar().lexer_spec().lexemes.iter().find_map(|lexeme| {
+        let names = |&token: &Token| lexeme.contains_token(token as u32);
+        let end = ends.iter().copied().find(names)?;
+        tokens().filter(names).all(|token| words.is_eog(token)).then_some(end)
+    })
 }
 
 /// A pattern without the anchors at its ends: the whole text must match in any case.

@@ -74,12 +74,20 @@ impl Words {
 
     /// Whether the token ends a generation.
     pub fn is_eog(&self, token: Token) -> bool {
-        self.eog.get(token as usize)
+        usize::try_from(token).is_ok_and(|token| token < self.eog.len() && self.eog.get(token))
     }
 
     /// The tokens that do.
     pub fn eog(&self) -> &SimpleVob {
         &self.eog
+    }
+
+    /// What a grammar calls a token.
+    pub fn name(&self, token: Token) -> String {
+        match self.trie().token(token as u32) {
+            [TokTrie::SPECIAL_TOKEN_MARKER, name @ ..] => String::from_utf8_lossy(name).into_owned(),
+            _ => format!("<[{token}]>"),
+        }
     }
 
     /// The text of a token; empty if it has none.

@@ -9,6 +9,7 @@ use rustc_hash::FxHashMap;
 
 use crate::error::{Error, Result};
 use crate::llama::Token;
+use crate::sequence::grammar::ends_a_generation;
 
 /// Groups within groups.
 const MAX_DEPTH: usize = 200;
@@ -90,16 +91,22 @@ pub struct Rules {
     pub root: u32,
 }
 
-/// The token that a name in angle brackets stands for, if it is one.
-pub type TokenByName<'a> = &'a dyn Fn(&str) -> Option<Token>;
+/// What is known of tokens.
+#[derive(Clone, Copy)]
+pub struct Tokens<'a> {
+    /// The token that a name in angle brackets stands for, if it is one.
+    pub by_name: &'a dyn Fn(&str) -> Option<Token>,
+    /// Whether it ends a generation.
+    pub is_end: &'a dyn Fn(Token) -> bool,
+}
 
 impl Rules {
     /// Reads a grammar.
     ///
     /// # Errors
     /// `Grammar` with what is wrong and where, as llama.cpp says it.
-    pub fn parse(text: &str, root: &str, token_by_name: TokenByName<'_>) -> Result<Self> {
-        let mut parser = Parser::new(text, token_by_name);
+    pub fn parse(text: &str, root: &str, tokens: Tokens<'_>) -> Result<Self> {
+        let mut parser = Parser::new(text, tokens);
         parser.grammar().map_err(|message| parser.at(&message))?;
         parser.finish(root)
     }
@@ -118,11 +125,11 @@ struct Parser<'a> {
     rules: Vec<Option<Vec<Sequence>>>,
     sets: Vec<Chars>,
     known_sets: FxHashMap<Chars, u32>,
-    token_by_name: TokenByName<'a>,
+    tokens: Tokens<'a>,
 }
 
 impl<'a> Parser<'a> {
-    fn new(text: &'a str, token_by_name: TokenByName<'a>) -> Self {
+    fn new(text: &'a str, tokens: Tokens<'a>) -> Self {
         Self {
             text,
             position: 0,
@@ -132,7 +139,7 @@ impl<'a> Parser<'a> {
             rules: Vec::new(),
             sets: Vec::new(),
             known_sets: FxHashMap::default(),
-            token_by_name,
+            tokens,
         }
     }
 
@@ -361,23 +368,31 @@ impl<'a> Parser<'a> {
     fn token(&mut self) -> Parsed<Element> {
         let inverse = self.eat("!");
         let start = self.position;
+        let token = self.named_token()?;
+        self.count(1)?;
+        match (inverse, (self.tokens.is_end)(token)) {
+            (true, _) => Ok(Element::NotToken(token)),
+            (false, false) => Ok(Element::Token(token)),
+            (false, true) => Err(ends_a_generation(&self.text[start..self.position])),
+        }
+    }
+
+    fn named_token(&mut self) -> Parsed<Token> {
+        let start = self.position;
         if !self.eat("<") {
             return Err("expecting '<'".into());
         }
-        let token = if self.eat("[") {
+        if self.eat("[") {
             let id = self.number()?;
             if !self.eat("]>") {
                 return Err("expecting ']>'".into());
             }
-            Token::try_from(id).map_err(|_| format!("token {id} is too large"))?
-        } else {
-            let length = self.text[start..].find('>').ok_or("expecting '>'")?;
-            self.position = start + length + 1;
-            let name = &self.text[start..self.position];
-            (self.token_by_name)(name).ok_or_else(|| format!("invalid token '{name}': not one token of a model"))?
-        };
-        self.count(1)?;
-        Ok(if inverse { Element::NotToken(token) } else { Element::Token(token) })
+            return Token::try_from(id).map_err(|_| format!("token {id} is too large"));
+        }
+        let length = self.text[start..].find('>').ok_or("expecting '>'")?;
+        self.position = start + length + 1;
+        let name = &self.text[start..self.position];
+        (self.tokens.by_name)(name).ok_or_else(|| format!("invalid token '{name}': not one token of a model"))
     }
 
     fn character(&mut self) -> Parsed<u32> {

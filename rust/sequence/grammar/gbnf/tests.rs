@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::OnceLock;
 
+use llguidance::toktrie::{INVALID_TOKEN, TokRxInfo};
 use proptest::prelude::*;
 
 use super::*;
@@ -10,7 +11,8 @@ use crate::llama::grammar::ReferenceGrammar;
 use crate::llama::{LoadParams, Model, SplitMode};
 
 fn rules(text: &str) -> Result<Rules> {
-    Rules::parse(text, "root", &|name| (name == "<end>").then_some(7))
+    let by_name = |name: &str| (name == "<call>").then_some(7);
+    Rules::parse(text, "root", Tokens { by_name: &by_name, is_end: &|token| token == 3 })
 }
 
 fn matcher(text: &str) -> Matcher {
@@ -94,6 +96,53 @@ fn deep_nesting_and_long_texts_are_followed() {
 }
 
 #[test]
+fn what_goes_on_alike_is_followed_once_however_often_it_may_begin() {
+    let words = "root ::= (word \" \"?)+\nword ::= [a-z]+";
+    let lines = "root ::= line+\nline ::= [^\\n]+ \"\\n\"?";
+    let either = "root ::= (word | quoted)+\nword ::= [a-z]+\nquoted ::= \"'\" word \"'\"";
+    let sums = "root ::= (sum \",\"?)+\nsum ::= sum \"+\"? [a-z] | [a-z]";
+    let calls = "root ::= (a \",\"?)+\na ::= b \"y\"? | [a-z]\nb ::= a \"x\"? | \"z\"";
+    for grammar in [words, lines, either, sums] {
+        let mut matcher = matcher(grammar);
+        assert!(matcher.accept(b"abcdefghij"));
+        let n_heads = matcher.heads().len();
+        assert!((0..1_000).all(|_| matcher.accept(b"abcdefghij")), "{grammar}");
+        assert_eq!(matcher.heads().len(), n_heads, "{grammar}");
+        assert!(matcher.accept("ab".repeat(5_000).as_bytes()), "{grammar}");
+    }
+    assert!(says(calls, "abzxyyx,azy"));
+    assert!(!says(calls, "ab,,a"));
+}
+
+#[test]
+fn what_was_tried_and_taken_back_is_forgotten() {
+    let mut matcher = matcher("root ::= (\"(\" root \")\" | [a-z]+ \" \"?)+");
+    for _ in 0..50 {
+        assert!(matcher.accept(b"((a b"));
+        let (n_nodes, n_known) = (matcher.nodes.len(), matcher.known.len());
+        assert!(matcher.allows(b"((((x y)z)))") && !matcher.allows(b"((((]"));
+        assert_eq!((matcher.nodes.len(), matcher.known.len()), (n_nodes, n_known));
+    }
+    assert!(matcher.accept(")".repeat(100).as_bytes()) && !matcher.allows(b")") && matcher.may_end());
+}
+
+#[test]
+fn a_mask_over_a_large_vocabulary_is_made_where_much_may_begin_anywhere() {
+    let mut seed = 1u64;
+    let mut letter = || {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        b'a' + (seed >> 33) as u8 % 26
+    };
+    let words: Vec<Vec<u8>> = (0..152_000).map(|n| (0..3 + n % 6).map(|_| letter()).collect()).collect();
+    let trie = TokTrie::from(&TokRxInfo::new(words.len() as u32, INVALID_TOKEN), &words);
+    let mut matcher = matcher("root ::= (word | quoted)+\nword ::= [a-z]+\nquoted ::= \"'\" word \"'\"");
+    let mut mask = trie.alloc_token_set();
+    matcher.add_texts(&trie, &mut mask);
+    matcher.check().unwrap();
+    assert_eq!(mask.num_set(), words.len());
+}
+
+#[test]
 fn a_character_may_come_in_parts() {
     let mut matcher = matcher("root ::= [α-ω]+");
     assert!(matcher.accept(&"α".as_bytes()[..1]));
@@ -126,10 +175,10 @@ fn trying_changes_nothing() {
 
 #[test]
 fn tokens_can_be_named() {
-    let mut end = matcher("root ::= \"a\"* <end>");
-    assert!(!end.allows_token(8) && end.allows_token(7));
-    assert!(end.accept_token(1, b"a") && end.accept_token(7, b""));
-    assert!(end.is_over());
+    let mut call = matcher("root ::= \"a\"* <call>");
+    assert!(!call.allows_token(8) && call.allows_token(7));
+    assert!(call.accept_token(1, b"a") && call.accept_token(7, b""));
+    assert!(call.is_over());
     let mut other = matcher("root ::= !<[7]> \"b\"");
     assert!(!other.accept_token(7, b"x"));
     let mut other = matcher("root ::= !<[7]> \"b\"").clone();
@@ -154,6 +203,7 @@ fn malformed_grammars_are_refused_with_the_place() {
         ("start ::= \"a\"", "does not contain a 'root' symbol; it has start"),
         ("root ::= \"a\" ]", "expecting newline or end"),
         ("root ::= <nobody>", "invalid token '<nobody>'"),
+        ("root ::= \"a\" | !<[3]> <[3]>", "<[3]> ends a generation"),
         ("root ::= []", "a class of no characters"),
         ("root ::= root", "allows no text"),
         ("", "does not contain a 'root' symbol"),
@@ -182,6 +232,24 @@ fn too_many_ways_to_go_on_are_an_error_and_not_a_hang() {
     matcher.fuel_per_question = 10_000;
     assert!((0..20_000).any(|_| !matcher.accept(b"a")));
     assert!(matcher.check().unwrap_err().to_string().contains("too ambiguous"));
+}
+
+#[test]
+fn what_waits_is_bounded_whatever_waits_at_once() {
+    let grammar = format!("root ::= \"x\"{}", " | \"-\" root \"b\"".repeat(15_000));
+    let mut matcher = matcher(&grammar);
+    let steps = (0..1_000).take_while(|_| matcher.accept(b"-") && matcher.check().is_ok()).count();
+    assert!((100..300).contains(&steps), "{steps}");
+    assert!(matcher.nodes.iter().map(Vec::len).sum::<usize>() <= MAX_WAITING + 20_000);
+}
+
+#[test]
+fn a_named_token_has_the_work_of_a_question_of_its_own() {
+    let grammar = format!("root ::= a*\na ::= !<[2]>{}", " | !<[2]>".repeat(500));
+    let mut matcher = matcher(&grammar);
+    matcher.fuel_per_question = 10_000;
+    assert!((0..100).all(|_| matcher.accept_token(9, b"")));
+    matcher.check().unwrap();
 }
 
 // ---- llama.cpp's own ----------------------------------------------------------------------------------------------
