@@ -690,7 +690,7 @@ def test_anchors_at_the_ends_change_nothing() -> None:
     "pattern",
     [
         *(r"\s", r"\w", r"\d", ".", r"\S", r"\W", r"\D"),
-        *(r"[^\s]", r"[^\w]", r"[^\S]", r"[^\W]", r"[^\D]", r"[\w-.]", r"[\S]"),
+        *(r"[^\s]", r"[^\w]", r"[^\S]", r"[^\W]", r"[^\D]", r"[\S]"),
     ],
 )
 def test_what_a_pattern_of_a_schema_takes_python_takes_as_well(pattern: str) -> None:
@@ -711,8 +711,8 @@ async def test_an_answer_that_goes_as_deep_as_it_may_is_closed(tiny_model: Model
     result = await soon(
         tiny_model.complete("@", schema=schema, response_prefix=begun + "{", max_tokens=150)
     )
-    assert result.completed
-    assert result.content.rstrip().endswith("}" * 8)
+    assert result.content.startswith(begun + "{")
+    assert result.parsed == json.loads(begun + "{}" + "}" * 63)
 
 
 def test_grammars_are_followed_from_several_threads() -> None:
