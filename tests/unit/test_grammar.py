@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import llamactor
-from llamactor import Grammar, GrammarError
+from llamactor import Grammar, GrammarError, _core
 from llamactor.prediction import start_prediction
 from tests.conftest import PATIENCE, Gate
 from tests.models import EOS, IM_END, bpe_vocabulary, byte_tokens, tiny_llama, tiny_spm
@@ -825,6 +825,35 @@ def test_anchors_at_the_ends_change_nothing() -> None:
         assert Grammar.regex(pattern).accepts("ab")
         assert not Grammar.regex(pattern).accepts("abc")
     assert Grammar.regex(r"a\$").accepts("a$")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(r"\s", r"\w", r"\d", ".", r"\S", r"\W", r"\D"),
+        *(r"[^\s]", r"[^\w]", r"[^\S]", r"[^\W]", r"[^\D]", r"[\S]"),
+    ],
+)
+def test_what_a_pattern_of_a_schema_takes_python_takes_as_well(pattern: str) -> None:
+    ours, theirs = _core.Pattern(f"^{pattern}$"), re.compile(rf"^{pattern}\Z")
+    characters = map(chr, [*range(0xD800), *range(0xE000, 0x2_0000)])
+    assert [one for one in characters if ours.search(one) and not theirs.search(one)] == []
+
+
+async def test_an_answer_that_goes_as_deep_as_it_may_is_closed(tiny_model: Model) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"$ref": "#"}},
+        "additionalProperties": False,
+    }
+    begun = '{"n":' * 63
+    assert Grammar.json_schema(schema).accepts(begun + "{}" + "}" * 63)
+    assert not Grammar.json_schema(schema).accepts(begun + '{"n":{}}' + "}" * 63)
+    result = await soon(
+        tiny_model.complete("@", schema=schema, response_prefix=begun + "{", max_tokens=150)
+    )
+    assert result.content.startswith(begun + "{")
+    assert result.parsed == json.loads(begun + "{}" + "}" * 63)
 
 
 def test_grammars_are_followed_from_several_threads() -> None:

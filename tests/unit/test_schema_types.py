@@ -31,7 +31,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Meta
 
-from llamactor import LlamactorError, Schema, SchemaValidationError, schema_of
+from llamactor import Grammar, LlamactorError, Schema, SchemaValidationError, schema_of
+from llamactor.schema.validation import Validator
 from tests.conftest import TIME_SCALE
 
 if TYPE_CHECKING:
@@ -114,6 +115,20 @@ class Cat(pydantic.BaseModel):
 
 class Dog(pydantic.BaseModel):
     kind: Literal["dog"]
+
+
+class Percent(pydantic.BaseModel):
+    value: Annotated[decimal.Decimal, pydantic.Field(lt=100, decimal_places=2)]
+
+
+class Money(pydantic.BaseModel):
+    amount: Annotated[decimal.Decimal, pydantic.Field(gt=0, max_digits=6, decimal_places=2)]
+    rate: decimal.Decimal
+    paid: pydantic.NaiveDatetime
+
+
+class Page(pydantic.BaseModel):
+    home: pydantic.HttpUrl
 
 
 class Owner(pydantic.BaseModel):
@@ -592,9 +607,111 @@ def test_pydantic_is_imported_by_nobody_but_the_user() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60 * TIME_SCALE)
 
 
+def test_references_that_multiply_are_no_usable_schema() -> None:
+    definitions: dict[str, Any] = {"d40": {"type": "integer"}}
+    for level in range(40):
+        both = [{"$ref": f"#/$defs/d{level + 1}"}] * 2
+        definitions[f"d{level}"] = {"allOf": both}
+    schema = schema_of({"$ref": "#/$defs/d0", "$defs": definitions})
+    with pytest.raises(ValueError, match="lead to too many others"):
+        schema.convert("5")
+
+
+def test_each_value_of_a_document_has_steps_of_its_own() -> None:
+    item = {"anyOf": [{"$ref": "#/$defs/no"}, {"$ref": "#/$defs/no"}, {"type": "integer"}]}
+    schema = schema_of({"items": item, "$defs": {"no": {"type": "null"}}})
+    many = list(range(5_000))
+    assert schema.convert(msgspec.json.encode(many).decode()) == many
+
+
+# --- schemas are no looser than their types -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("least", "most"),
+    [(0, None), (1, None), (3, None), (5, None), (0, 0), (0, 1), (2, 2), (0, 4), (3, 7), (4, 5)],
+)
+def test_bytes_are_counted_as_they_are_decoded(least: int, most: int | None) -> None:
+    hint: Any = Annotated[bytes, Meta(min_length=least, max_length=most)]
+    grammar = Grammar.json_schema(schema_of(hint).json)
+    for size in range(12):
+        text = msgspec.json.encode(b"\xff" * size).decode()
+        assert grammar.accepts(text) is (least <= size <= (12 if most is None else most)), text
+        if grammar.accepts(text):
+            assert schema_of(hint).convert(text) == b"\xff" * size
+
+
+def _limited(**limits: Any) -> Any:
+    return Annotated[decimal.Decimal, pydantic.Field(**limits)]
+
+
+MODELLED: list[tuple[Any, list[str], list[str]]] = [
+    (decimal.Decimal, ['"1.50"', '"-0.001"', '"12"'], ['"abc"', '""', '"1."', '"NaN"']),
+    (_limited(ge=0), ['"0"', '"1.5"', '"0.00"'], ['"-1"', '"x"']),
+    (_limited(gt=0), ['"1"', '"0.01"', '"10.0"'], ['"0"', '"0.0"', '"-1"']),
+    (_limited(ge=1, lt=10), ["1", "9.75"], ["0.5", "10", '"abc"']),
+    (_limited(max_digits=4, decimal_places=2), ['"12.34"', '"-1.5"', '"0"'], ['"123"', '"1.234"']),
+    (
+        _limited(gt=0, max_digits=4, decimal_places=2),
+        ['"99.99"', '"0.01"'],
+        ['"0"', '"0.00"', '"-1"'],
+    ),
+    (_limited(max_digits=3), ['"123"', '"12.3"', '"0.123"'], ['"1234"', '"12.34"']),
+    (_limited(max_digits=2, decimal_places=2), ['"0.25"', '"0.5"'], ['"0"', '"1"', '"1.5"']),
+    (_limited(decimal_places=0), ['"123"', '"0"'], ['"1.5"']),
+    (pydantic.NaiveDatetime, ['"2024-05-17T12:00:00"'], ['"2024-05-17T12:00:00Z"', '"noon"']),
+    (pydantic.AwareDatetime, ['"2024-05-17T12:00:00Z"'], ['"2024-05-17T12:00:00"']),
+    (
+        pydantic.HttpUrl,
+        ['"https://example.org/a?b#c"', '"http://a.bc:80"'],
+        [
+            '"mailto:a@b"',
+            '"http://$"',
+            '"http://a/%"',
+            '"ftp://a.b/"',
+            '"http://a:99999/"',
+            '"example.org"',
+        ],
+    ),
+    (pydantic.AnyUrl, ['"mailto:a@b"', '"ftp://a.b/"'], ['"a b"', '""']),
+    (dict[int, str], ['{"-5":"x"}', '{"0":""}', "{}"], ['{"a":"x"}', '{"1.5":"x"}']),
+    (dict[decimal.Decimal, str], ['{"1.5":"x"}'], ['{"a":"x"}']),
+    (dict[bool, str], ['{"true":"x"}'], ['{"a":"x"}']),
+    (dict[str, str], ['{"a":"x"}'], ['{"a":1}']),
+]
+
+
+@pytest.mark.parametrize(("hint", "fits", "wrong"), MODELLED, ids=lambda item: str(item)[:60])
+def test_a_model_s_schema_takes_what_pydantic_takes(
+    hint: Any, fits: list[str], wrong: list[str]
+) -> None:
+    model = schema_of(pydantic.create_model("Holder", f=(hint, ...)))
+    validator = Validator(model.json)
+    documents = [f'{{"f":{text}}}' for text in fits + wrong]
+    for place, document in enumerate(documents):
+        taken = validator.first_error(msgspec.json.decode(document)) is None
+        assert taken is (place < len(fits)), document
+        if "propertyNames" not in model.text:
+            assert Grammar.json_schema(model.json).accepts(document) is taken
+        if taken:
+            model.convert(document)
+
+
+def test_a_decimal_with_limits_of_two_kinds_has_no_schema() -> None:
+    with pytest.raises(
+        TypeError, match="digits that are counted and bounds other than 0; give one"
+    ):
+        schema_of(Percent)
+
+
 # --- what models write ----------------------------------------------------------------------------
 
 ANSWERED = [
+    *(
+        Money,
+        Annotated[bytes, Meta(max_length=4)],
+        Annotated[bytes, Meta(min_length=2, max_length=2)],
+    ),
     *(Colour, Point, Tree, Circle | Square, Row, Pair, Options, Person, Animal, Owner, Box[str]),
     *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, uuid.UUID, bytes),
     *(Annotated[datetime.datetime, Meta(tz=False)], Annotated[datetime.time, Meta(tz=False)]),

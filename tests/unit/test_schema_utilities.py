@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jsonschema
@@ -12,7 +14,14 @@ import pydantic
 import pytest
 from msgspec import Meta
 
-from llamactor import SchemaValidationError, describe_schema, repair, schema_of, schema_of_function
+from llamactor import (
+    Grammar,
+    SchemaValidationError,
+    describe_schema,
+    repair,
+    schema_of,
+    schema_of_function,
+)
 
 if TYPE_CHECKING:
     from nowhere import Missing  # type: ignore[import-not-found]
@@ -171,6 +180,65 @@ def test_definitions_of_one_name_are_kept_apart() -> None:
     assert schema["properties"]["tree"] == {"$ref": "#/$defs/Tree"}
     assert schema["properties"]["others"]["items"] == {"$ref": "#/$defs/Tree_2"}
     assert list(schema["$defs"]["Tree_2"]["properties"]) == ["leaf"]
+
+
+def _node_over(tree: Any) -> Any:
+    return msgspec.defstruct("Node", [("tree", tree)])
+
+
+def test_classes_of_one_name_over_different_classes_are_kept_apart() -> None:
+    first = _node_over(msgspec.defstruct("Tree", [("leaf", bool)]))
+    second = _node_over(msgspec.defstruct("Tree", [("fruit", int)]))
+
+    def f(x: list[Any], y: list[Any], z: list[Any]) -> None:
+        """F."""
+
+    f.__annotations__.update(x=list[first], y=list[second], z=dict[str, second])  # type: ignore[valid-type]
+    schema = schema_of_function(f)
+    grammar = Grammar.json_schema(schema.json)
+    for x, y, fits in [('"leaf":true', '"fruit":1', True), ('"fruit":1', '"leaf":true', False)]:
+        text = f'{{"x":[{{"tree":{{{x}}}}}],"y":[{{"tree":{{{y}}}}}],"z":{{}}}}'
+        assert grammar.accepts(text) is fits
+        if fits:
+            assert schema.convert(text)["y"][0].tree.fruit == 1
+    assert sorted(schema.json["$defs"]) == ["Node", "Node_2", "Tree", "Tree_2"]
+
+
+class Point:
+    """A point that draws itself."""
+
+    x: str = "no parameter"
+
+    def __init__(self, x: int, y: Annotated[int, Meta(ge=0)] = 0) -> None:
+        self.at = (x, y)
+
+
+class Corner(Point): ...
+
+
+@dataclasses.dataclass
+class Line:
+    start: int
+    end: int = 0
+
+
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [
+        *((Point, {"x": "integer", "y": "integer"}), (Corner, {"x": "integer", "y": "integer"})),
+        *(
+            (Line, {"start": "integer", "end": "integer"}),
+            (Place, dict.fromkeys(["city"], "string")),
+        ),
+        (Filter, {"word": "string", "limit": "integer"}),
+    ],
+    ids=lambda item: getattr(item, "__name__", ""),
+)
+def test_the_parameters_of_a_class_are_those_of_its_initialiser(
+    cls: type[Any], names: dict[str, str]
+) -> None:
+    properties = schema_of_function(cls).json["properties"]
+    assert {name: properties[name]["type"] for name in names} == names
 
 
 class Station:
@@ -355,6 +423,41 @@ def test_nesting_without_end_is_not_described() -> None:
         describe_schema(schema)
 
 
+def _doubling(levels: int) -> dict[str, Any]:
+    """Objects with two members that are the next one."""
+    definitions: dict[str, Any] = {f"d{levels}": {"type": "null"}}
+    for level in range(levels):
+        both = {key: {"$ref": f"#/$defs/d{level + 1}"} for key in "ab"}
+        definitions[f"d{level}"] = {"type": "object", "properties": both, "required": ["a", "b"]}
+    return {"$ref": "#/$defs/d0", "$defs": definitions}
+
+
+def test_an_example_that_would_be_endless_is_left_out() -> None:
+    assert "For example" in describe_schema(_doubling(4))
+    assert "For example" not in describe_schema(_doubling(60))
+    nested: dict[str, Any] = {"type": "integer"}
+    for _ in range(12):
+        nested = {"type": "array", "items": nested, "minItems": 8}
+    assert "For example" not in describe_schema(nested)
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"properties": 5}, "at #/properties: 5 is not of type 'object'"),
+        ({"examples": {"a": 1}}, "at #/examples: "),
+        ({"enum": 5}, "at #/enum: "),
+        ({"required": 5, "properties": {"a": {}}}, "at #/required: "),
+        ({"type": "array", "minItems": "x"}, "at #/minItems: "),
+        ({"type": "string", "minLength": "1"}, "at #/minLength: "),
+        ({"anyOf": {"a": 1}}, "at #/anyOf: "),
+    ],
+)
+def test_what_is_no_schema_is_not_described(schema: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"no usable JSON Schema: {re.escape(reason)}"):
+        describe_schema(schema)
+
+
 # --- repairs --------------------------------------------------------------------------------------
 
 PLACE = Place("Turku", "FI")
@@ -408,6 +511,32 @@ def test_what_is_beyond_repair_says_why(text: str, path: tuple[str, ...]) -> Non
 def test_a_repair_invents_nothing() -> None:
     with pytest.raises(SchemaValidationError, match="missing required field `city`"):
         repair('{"country": "SE", }', Place)
+
+
+def test_a_fence_is_looked_for_in_linear_time() -> None:
+    with pytest.raises(SchemaValidationError):
+        repair("```" + " " * 1_000_000, int)
+    with pytest.raises(SchemaValidationError):
+        repair("```" + "\t" * 500_000 + "x" * 500_000, int)
+
+
+def test_a_part_that_is_too_long_is_only_tried_as_it_is() -> None:
+    rows = [{"city": "Turku", "country": "FI"}] * 600
+    text = msgspec.json.encode(rows).decode()
+    assert len(text) > 16_384
+    fenced = f"Here:\n```json\n{text}\n```\n"
+    assert repair(fenced, list[Place]) == [PLACE] * 600
+    with pytest.raises(SchemaValidationError, match="more than 16384 characters are not repaired"):
+        repair(fenced.replace("]", ",]"), list[Place])
+    assert repair(f"{'so ' * 10_000}\n```\n{{city: 'Turku'}}\n```", Place) == PLACE
+
+
+def test_a_text_that_leads_a_repair_astray_is_left_when_it_is_long() -> None:
+    with pytest.raises(SchemaValidationError, match="are not repaired"):
+        repair('["' + 'a" b ' * 150_000, dict)
+    blocks = "".join(f"```\n{{{number}\n```\n" for number in range(60_000))
+    with pytest.raises(SchemaValidationError, match="are not repaired"):
+        repair(blocks, Place)
 
 
 def test_a_text_that_is_too_long_is_not_repaired() -> None:

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from llamactor.errors import SchemaValidationError
 from llamactor.schema.shapes import resolved
+from llamactor.schema.validation import Validator
 from llamactor.schema.values import schema_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from llamactor.schema.types import Json
+    from llamactor.schema.values import Schema
 
 _STRUCTURE = frozenset(
     (
@@ -26,6 +27,12 @@ _STRUCTURE = frozenset(
 
 _DEPTH = 8
 """Levels of an example; a schema that refers to itself ends there."""
+MAX_EXAMPLE = 1000
+"""Values in an example; one with more says no more, and takes a prompt's room."""
+
+
+class _TooLongError(Exception):
+    """An example would have too many values."""
 
 
 def describe_schema(spec: Any) -> str:
@@ -41,21 +48,29 @@ def describe_schema(spec: Any) -> str:
 
     Raises:
         TypeError: `spec` is no schema and no type.
-        ValueError: it is no JSON, or nested too deep.
+        ValueError: it is no JSON, no JSON Schema, or nested too deep.
     """
     schema = schema_of(spec)
+    document = schema.json
     try:
-        document = schema.json
         text = _Notation(document).whole()
-        example = _Example(document).value(document)
+        example = _example(schema, document)
     except RecursionError:
         raise ValueError("this JSON Schema is nested too deep to be described") from None
-    answer = f"Answer with JSON and nothing else, in this form:\n\n{text}"
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        reason = Validator(document).reason(error)
+        raise ValueError(f"this is no usable JSON Schema: {reason}") from error
+    return f"Answer with JSON and nothing else, in this form:\n\n{text}{example}"
+
+
+def _example(schema: Schema[Any], document: Json) -> str:
+    """An example with what is before it; nothing if none that fits could be made up."""
     try:
+        example = _Example(document).value(document)
         schema.convert_value(example)
-    except (SchemaValidationError, ValueError):
-        return answer
-    return f"{answer}\n\nFor example:\n\n{msgspec.json.encode(example).decode()}"
+    except (_TooLongError, ValueError):
+        return ""
+    return f"\n\nFor example:\n\n{msgspec.json.encode(example).decode()}"
 
 
 class _Notation:
@@ -170,8 +185,12 @@ class _Example:
 
     def __init__(self, root: Json) -> None:
         self._root = root
+        self._left = MAX_EXAMPLE
 
     def value(self, schema: Any, depth: int = 0) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise _TooLongError
         schema = resolved(self._root, schema)
         for keyword in ("examples", "enum"):
             if schema.get(keyword):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import typing
 from typing import Any
 
@@ -136,7 +137,9 @@ def _schema_of_parameter(
 
 def _hints(function: Callable[..., object], name: str) -> dict[str, Any]:
     source: Any = function.func if isinstance(function, functools.partial) else function
-    if not (inspect.isroutine(source) or inspect.isclass(source)):
+    if inspect.isclass(source):
+        source = _initialiser(source)
+    elif not inspect.isroutine(source):
         source = type(source).__call__
     try:
         return typing.get_type_hints(inspect.unwrap(source), include_extras=True)
@@ -144,6 +147,12 @@ def _hints(function: Callable[..., object], name: str) -> dict[str, Any]:
         raise TypeError(
             f"a type hint of {name} cannot be found: {error}; define the type at module level"
         ) from None
+
+
+def _initialiser(cls: type[Any]) -> Any:
+    """What has the hints of a class's parameters: its body, if it does not say them elsewhere."""
+    plain = inspect.isfunction(cls.__init__) and not hasattr(cls, "__signature__")
+    return cls.__init__ if plain else cls
 
 
 class _Call(Kind):
@@ -201,19 +210,15 @@ def _object_of(parameters: list[_Parameter]) -> Json:
 def _hoisted(schema: Json, definitions: Json) -> Json:
     """Move the definitions of `schema` to `definitions`, renamed where names are taken."""
     own = schema.pop("$defs", {})
-    names = {name: _free_name(name, own[name], definitions) for name in own}
-    for name, definition in own.items():
-        definitions[names[name]] = _renamed(definition, names)
-    renamed: Json = _renamed(schema, names)
-    return renamed
-
-
-def _free_name(name: str, definition: Json, definitions: Json) -> str:
-    n, free = 1, name
-    while free in definitions and definitions[free] != definition:
-        n += 1
-        free = f"{name}_{n}"
-    return free
+    for n in itertools.count(1):
+        # All together: what one says, and so whether it is the same, depends on the others.
+        names = {name: name if n == 1 else f"{name}_{n}" for name in own}
+        renamed = {names[name]: _renamed(item, names) for name, item in own.items()}
+        if all(definitions.get(name, item) == item for name, item in renamed.items()):
+            break
+    definitions |= renamed
+    hoisted: Json = _renamed(schema, names)
+    return hoisted
 
 
 def _renamed(schema: Any, names: Mapping[str, str]) -> Any:

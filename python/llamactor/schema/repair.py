@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +13,30 @@ from llamactor.schema.values import schema_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MAX_REPAIRED = 1 << 20
-"""Characters of a text that is repaired; the library takes some 10 µs for each."""
+MAX_TEXT = 1 << 20
+"""Characters of a text that is looked through."""
+MAX_REPAIRED = 1 << 14
+"""Characters of a part that is repaired: the library takes some 5 µs for each, but the square of
+that for texts that lead it back again and again, some seconds for one of this length."""
+MAX_BLOCKS = 16
+"""Blocks between code fences that are tried."""
 
-_FENCE = re.compile(r"```[ \t]*\w*[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```[ \t]*(?:\w+[ \t]*)?\r?\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def repair(text: str, spec: Any) -> Any:
     """Return the value that a text means, for models that no grammar constrains.
 
-    What is looked for, in this order: the whole text, blocks between code fences, all from the
-    first bracket to the last one that closes its kind, or to the end; first as they are, then
-    repaired (quotes, commas and brackets that are missing or wrong, comments, Python's words), the
-    whole last. What fits the schema first is returned. Nothing is invented: values that are missing
-    stay missing.
+    What is looked for, in this order: the whole text, the first 16 blocks between code fences, all
+    from the first bracket to the last one that closes its kind, or to the end; first as they are,
+    then repaired (quotes, commas and brackets that are missing or wrong, comments, Python's words),
+    the whole last. What fits the schema first is returned. Nothing is invented: values that are
+    missing stay missing.
+
+    A repair takes microseconds for each character, but may take the square of that: texts that were
+    made to take long keep a thread busy for seconds, so repair those of strangers in one
+    (`asyncio.to_thread`). Parts of more than 16 KiB of characters are tried as they are and not
+    repaired, nor is what follows the first 32 KiB of all parts.
 
     Args:
         text: What the model said, at most 1 MiB of characters.
@@ -36,9 +47,9 @@ def repair(text: str, spec: Any) -> Any:
         ValueError: the text is longer than that.
     """
     schema = schema_of(spec)
-    if len(check_text("text", text)) > MAX_REPAIRED:
+    if len(check_text("text", text)) > MAX_TEXT:
         raise ValueError(
-            f"text has {len(text)} characters, the limit of a repair is {MAX_REPAIRED}; "
+            f"text has {len(text)} characters, the limit of a repair is {MAX_TEXT}; "
             "cut out the part with the JSON"
         )
     likeliest: SchemaValidationError | None = None
@@ -50,14 +61,24 @@ def repair(text: str, spec: Any) -> Any:
             if likeliest is None or not _is_no_json(error):
                 likeliest = error
     assert likeliest is not None
-    raise likeliest
+    if len(text) <= MAX_REPAIRED:
+        raise likeliest
+    raise SchemaValidationError(
+        f"{likeliest.message}; parts of more than {MAX_REPAIRED} characters are not repaired",
+        likeliest.path,
+        likeliest.value,
+    )
 
 
 def _candidates(text: str) -> Iterator[str]:
-    parts = list(dict.fromkeys([text, *_FENCE.findall(text), *_bracketed(text)]))
+    blocks = (block[1] for block in itertools.islice(_FENCE.finditer(text), MAX_BLOCKS))
+    parts = list(dict.fromkeys([text, *blocks, *_bracketed(text)]))
     yield from parts
+    left = 2 * MAX_REPAIRED
     for part in [*parts[1:], text]:
-        yield from _repaired(part)
+        if len(part) <= min(MAX_REPAIRED, left):
+            left -= len(part)
+            yield from _repaired(part)
 
 
 def _bracketed(text: str) -> Iterator[str]:

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-BASE64 = "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
+_SIXBIT = "[A-Za-z0-9+/]"
+BASE64 = f"^({_SIXBIT}{{4}})*({_SIXBIT}{{2}}==|{_SIXBIT}{{3}}=)?$"
 DECIMAL = r"^-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?$"
+INTEGER_KEY = "^(0|-?[1-9][0-9]{0,14})$"
 _COUNT = "[0-9]{1,5}"
 _SECONDS = rf"{_COUNT}(\.[0-9]{{1,6}})?S"
 _CLOCK = rf"T({_COUNT}H({_COUNT}M)?({_SECONDS})?|{_COUNT}M({_SECONDS})?|{_SECONDS})"
@@ -182,7 +184,7 @@ class _Writer:
     def _key(self, node: info.Type, where: str) -> Json:
         schema = self.schema(node, where)
         if schema.get("type") == "integer" and len(schema) == 1:
-            return {"pattern": "^(0|-?[1-9][0-9]{0,14})$"}
+            return {"pattern": INTEGER_KEY}
         if schema and schema.get("type") != "string":
             raise UnsupportedTypeError(getattr(node, "cls", type(node)), where)
         return schema
@@ -261,9 +263,9 @@ _PLAIN: dict[type, Callable[[Any], Json]] = {
     info.IntType: lambda _: {"type": "integer"},
     info.FloatType: lambda _: {"type": "number"},
     info.StrType: lambda _: _TEXT,
-    info.BytesType: lambda _: {**_TEXT, "pattern": BASE64},
-    info.ByteArrayType: lambda _: {**_TEXT, "pattern": BASE64},
-    info.MemoryViewType: lambda _: {**_TEXT, "pattern": BASE64},
+    info.BytesType: lambda node: _bytes(node),
+    info.ByteArrayType: lambda node: _bytes(node),
+    info.MemoryViewType: lambda node: _bytes(node),
     info.DateTimeType: lambda node: _zoned("date-time", NAIVE_DATE_TIME, node.tz),
     info.TimeType: lambda node: _zoned("time", NAIVE_TIME, node.tz),
     info.DateType: lambda _: {**_TEXT, "format": "date"},
@@ -292,10 +294,23 @@ def _with_limits(schema: Json, node: info.Type, of: str = "Length") -> Json:
     }
     for bound in ("min", "max"):
         size = getattr(node, f"{bound}_length", None)
-        if size is not None:
-            coded = "pattern" in schema  # bytes, as base64: four characters for three
-            limits[f"{bound}{of}"] = -(-size // 3) * 4 if coded else size
+        if size is not None and "pattern" not in schema:  # which counts bytes
+            limits[f"{bound}{of}"] = size
     return {**schema, **limits}
+
+
+def _bytes(node: Any) -> Json:
+    """Texts in base64: four characters for three bytes, and an end of its own for each rest."""
+    least, most = node.min_length or 0, node.max_length
+    if not least and most is None:
+        return {**_TEXT, "pattern": BASE64}
+    ways = []
+    for rest, end in enumerate(("", f"{_SIXBIT}{{2}}==", f"{_SIXBIT}{{3}}=")):
+        low = max(0, (least - rest + 2) // 3)
+        high = None if most is None else (most - rest) // 3
+        if high is None or low <= high:
+            ways.append(f"({_SIXBIT}{{4}}){{{low},{'' if high is None else high}}}{end}")
+    return {**_TEXT, "pattern": f"^({'|'.join(ways)})$"}
 
 
 def _zoned(name: str, naive: str, tz: bool | None) -> Json:  # noqa: FBT001 -- msgspec's own value

@@ -1,7 +1,12 @@
-"""Plain data against JSON Schemas, by the `jsonschema` library: offline and in bounded time."""
+"""Plain data against JSON Schemas, by the `jsonschema` library: offline and in bounded time.
+
+Bounded are the expressions, which are searched in linear time, and the schemas that are followed to
+others for one value: references to references may be exponentially many.
+"""
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import itertools
 from typing import TYPE_CHECKING, Any
@@ -19,6 +24,22 @@ MAX_ERRORS = 100
 """Errors among which the best one is chosen."""
 MAX_MESSAGE = 500
 """Characters of a message, which may quote the value."""
+MAX_STEPS = 10_000
+"""Schemas that are followed to others, besides `STEPS_PER_VALUE`; some 15 µs each."""
+STEPS_PER_VALUE = 100
+"""The same for each value within the one that is validated."""
+
+_left: contextvars.ContextVar[Iterator[int]] = contextvars.ContextVar("_left")
+"""The steps that are left of the validation that is under way."""
+
+
+_LEADING = frozenset(
+    (
+        *("$ref", "$dynamicRef", "$recursiveRef", "allOf", "anyOf", "oneOf", "not", "if"),
+        *("dependentSchemas", "dependencies"),
+    )
+)
+"""Keywords that apply other schemas to the same value, in any draft."""
 
 
 class _UnusableError(ValueError):
@@ -46,6 +67,7 @@ class Validator:
         """
         import jsonschema
 
+        _left.set(iter(range(MAX_STEPS + STEPS_PER_VALUE * _size(value))))
         try:
             errors = itertools.islice(self._validator.iter_errors(value), MAX_ERRORS)
             best = jsonschema.exceptions.best_match(errors)
@@ -54,7 +76,7 @@ class Validator:
         except _UnusableError as error:
             raise ValueError(f"this is no usable JSON Schema: {error}") from None
         except Exception as error:
-            raise ValueError(f"this is no usable JSON Schema: {self._reason(error)}") from error
+            raise ValueError(f"this is no usable JSON Schema: {self.reason(error)}") from error
         if best is None:
             return None
         return SchemaValidationError(
@@ -74,8 +96,8 @@ class Validator:
             self._schema, registry=referencing.Registry(), format_checker=_format_checker()
         )
 
-    def _reason(self, error: Exception) -> str:
-        """What the schema's own schema says of it, or else the error."""
+    def reason(self, error: Exception) -> str:
+        """Return what the schema's own schema says of it, or else the error."""
         import jsonschema
 
         try:
@@ -103,6 +125,7 @@ def _bounded(base: Any) -> Any:
     """The validators of a draft, with expressions that are searched in linear time."""
     import jsonschema
 
+    leading = base.VALIDATORS.keys() & _LEADING
     return jsonschema.validators.extend(  # type: ignore[no-untyped-call]
         base,
         {
@@ -111,8 +134,35 @@ def _bounded(base: Any) -> Any:
             "additionalProperties": _additional_properties,
             "unevaluatedProperties": _unsupported("unevaluatedProperties"),
             "unevaluatedItems": _unsupported("unevaluatedItems"),
+            **{name: _counted(base.VALIDATORS[name]) for name in leading},
         },
     )
+
+
+def _counted(check: Any) -> Any:
+    """A keyword that leads to other schemas for the same value: each time is a step."""
+
+    def counted(*arguments: object) -> Any:
+        if next(_left.get(), None) is None:
+            raise _UnusableError(
+                "its references and alternatives lead to too many others "
+                f"(more than {MAX_STEPS} and {STEPS_PER_VALUE} for each value)"
+            )
+        return check(*arguments)
+
+    return counted
+
+
+def _size(value: object) -> int:
+    """The values within a value, itself included."""
+    size, todo = 0, [value]
+    while todo:
+        size, inside = size + 1, todo.pop()
+        if isinstance(inside, dict):
+            todo += inside.values()
+        elif isinstance(inside, list):
+            todo += inside
+    return size
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,6 +12,7 @@ import msgspec
 
 from llamactor._checks import check_text, describe
 from llamactor.errors import SchemaValidationError
+from llamactor.schema.models import model_schemas
 from llamactor.schema.partial import PartialReader, Shape
 from llamactor.schema.shapes import Decode, ModelShapes, Node, TypeShapes
 from llamactor.schema.types import (
@@ -225,7 +226,7 @@ class _Modelled(Kind):
         self.key = hint
         try:
             self._adapter = pydantic.TypeAdapter(hint)
-            schema = self._adapter.json_schema()
+            schema = self._adapter.json_schema(schema_generator=model_schemas())
         except (pydantic.PydanticUserError, pydantic.errors.PydanticInvalidForJsonSchema) as error:
             raise TypeError(f"{type_name(hint)} has no JSON Schema: {error.message}") from None
         self.text = _encoded(_without_root_reference(adapted(schema)))

@@ -2,7 +2,7 @@
 //!
 //! A schema is brought into a normal form (`program.rs`), and from this one form come both the grammar for llguidance
 //! (`emit.rs`), which knows the masks, and the [`Tracker`], which knows the shortest end. The language of both is the
-//! same, but for two things that the tracker alone refuses: nesting deeper than [`DEEPEST`], and equal keys where
+//! same, but for two things that the tracker alone refuses: what leads deeper than [`DEEPEST`], and equal keys where
 //! `minProperties` counts them.
 //!
 //! Documents are written in one order: properties as the schema lists them, then all others. Between tokens there is
@@ -48,6 +48,8 @@ pub struct Limits {
     pub fuel: u64,
     /// Properties in a row that are not required.
     pub optional: usize,
+    /// Properties without names of their own that an object must have.
+    pub others: usize,
     /// Symbols of the grammar.
     pub symbols: usize,
     /// Bytes of the shortest document.
@@ -62,6 +64,7 @@ impl Default for Limits {
             states: 10_000,
             fuel: 5_000_000,
             optional: 1_000,
+            others: 1_000,
             symbols: 60_000,
             shortest: 1 << 20,
         }

@@ -6,6 +6,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use serde_json::Value;
 
 use super::dfa::{Dfa, Refused};
+use super::number::{self, NumberRule};
 use super::program::{Array, Leaf, Member, NEVER, Names, Node, Object, Others, Program, Term};
 use super::rules::{All, ItemsRule, MembersRule, Rules, Size, TextRule, Types, with};
 use super::source::{Id, Source};
@@ -247,6 +248,9 @@ impl<'s, 'l> Builder<'s, 'l> {
     fn types(&mut self, rules: &Rules, all: &All) -> Result<Vec<Leaf>> {
         let place = all.last().map_or_else(|| "#".to_owned(), |&id| self.source.place(id));
         let mut leaves = Vec::new();
+        if rules.types.has(Types::NUMBER) {
+            self.check_numbers(&rules.number, all)?;
+        }
         let scalars = scalars(rules);
         if !scalars.is_empty() {
             leaves.push(self.term(RegexAst::Or(scalars), &place)?);
@@ -258,9 +262,26 @@ impl<'s, 'l> Builder<'s, 'l> {
             leaves.push(self.items(&rules.items)?);
         }
         if rules.types.has(Types::OBJECT) {
-            leaves.push(self.members(&rules.members)?);
+            leaves.push(self.members(&rules.members, &place)?);
         }
         Ok(leaves)
+    }
+
+    /// Refuses bounds between which there are numbers, but none with so few digits as are written.
+    fn check_numbers(&mut self, rule: &NumberRule, all: &All) -> Result<()> {
+        let hopeless = |dfa: Dfa| dfa.is_empty();
+        if !rule.is_fine() || rule.is_empty() || !self.dfa(&rule.regex()).is_ok_and(hopeless) {
+            return Ok(());
+        }
+        let bounds = ["minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"];
+        let places = all.iter().flat_map(|&id| bounds.map(|keyword| (id, keyword)));
+        let longest = places.max_by_key(|&(id, keyword)| match self.source.keyword(id, keyword) {
+            Some(Value::Number(bound)) => number::digits(bound),
+            _ => 0,
+        });
+        let (id, keyword) = longest.unwrap_or((0, bounds[0]));
+        let why = format!("no number of at most {} digits fulfils it, and more are not written", rule.digits());
+        Err(self.source.wrong(id, keyword, &why))
     }
 
     fn text(&mut self, rule: &TextRule, place: &str) -> Result<Leaf> {
@@ -281,7 +302,14 @@ impl<'s, 'l> Builder<'s, 'l> {
         Ok(self.array(prefix, rest, rule.size))
     }
 
-    fn members(&mut self, rule: &MembersRule) -> Result<Leaf> {
+    fn members(&mut self, rule: &MembersRule, place: &str) -> Result<Leaf> {
+        let others = (rule.size.min as usize).saturating_sub(rule.named.len());
+        if others > self.limits.others {
+            return Err(Error::Grammar(format!(
+                "the schema is too big: minProperties at {place} asks for {others} properties without names of their own; at most {} are allowed",
+                self.limits.others
+            )));
+        }
         let required: FxHashSet<&str> = rule.required.iter().map(String::as_str).collect();
         let mut named = Vec::new();
         for (name, all) in &rule.named {
@@ -307,7 +335,6 @@ impl<'s, 'l> Builder<'s, 'l> {
             reach: Vec::new(),
             required: Vec::new(),
             ahead: Vec::new(),
-            cheapest: Vec::new(),
         });
         Leaf::Object(self.program.objects.len() as u32 - 1)
     }

@@ -1,14 +1,14 @@
 //! How a document ends soonest: what it costs, and the text.
 
-use std::sync::Arc;
+use std::ops::RangeFrom;
+
+use rustc_hash::FxHashSet;
 
 use super::program::{Leaf, NEVER, Object, Program};
 use super::tracker::{EMPTY_HASH, Head, Keys, Members, Place, Spot, State, hash};
 
 /// Names among which the cheapest is looked for; of more, the first is taken.
 const CANDIDATES: usize = 64;
-/// Bytes that a key may be longer than the shortest one, to differ from others.
-const LONGER_KEY: u64 = 2;
 /// What makes keys differ.
 const LETTERS: &[u8] = b"abcdefghijklmnopqrstuvwxyz0123456789";
 
@@ -16,11 +16,11 @@ impl Program {
     /// Bytes from a head to the end of the document.
     pub fn head_cost(&self, head: &Head) -> u64 {
         let around = head.around.as_ref().map_or(0, |around| around.cost);
-        self.state_cost(&head.state).saturating_add(around)
+        self.state_cost(&head.state, head.depth()).saturating_add(around)
     }
 
     /// Bytes to the end of the value.
-    fn state_cost(&self, state: &State) -> u64 {
+    fn state_cost(&self, state: &State, depth: u32) -> u64 {
         match state {
             State::Start => self.cost(self.root),
             State::Term { term, at } => self.terms[*term as usize].dfa.distance(*at),
@@ -30,7 +30,7 @@ impl Program {
                 self.character_cost(*at) + u64::from(left) + 1
             }
             State::Array { array, items, spot } => self.array_cost(*array, *items, *spot),
-            State::Object(members) => self.object_cost(members),
+            State::Object(members) => self.object_cost(members, depth),
             State::End => 0,
         }
     }
@@ -50,7 +50,7 @@ impl Program {
         }
     }
 
-    fn object_cost(&self, members: &Members) -> u64 {
+    fn object_cost(&self, members: &Members, depth: u32) -> u64 {
         let object = &self.objects[members.object as usize];
         let Members { next, count, .. } = *members;
         let with = |place: u32, bytes: u64| bytes.saturating_add(object.cost_after_member(place, count));
@@ -58,11 +58,13 @@ impl Program {
             Place::Open(_) => object.cost_after(next, count).saturating_sub(1).max(1),
             Place::After(_) => object.cost_after(next, count),
             Place::Comma(_) if object.is_enough(next, count) => {
-                object.cheapest[next as usize].saturating_add(1 + object.margin())
+                let cheapest = self.cheapest(object, members, depth);
+                let cost = cheapest.map(|place| object.named[place as usize].cost);
+                cost.unwrap_or_else(|| object.others_cost()).saturating_add(1)
             }
             Place::Comma(_) => object.cost_after(next, count) - 1,
-            Place::Name(branch) => self.name_choice(object, branch, members).0,
-            Place::Key { at, hash } => with(u32::MAX, self.key_rest(object, at, hash, &members.keys).len() as u64 + 1)
+            Place::Name(branch) => self.name_choice(object, branch, members, depth).0,
+            Place::Key { at, hash } => with(u32::MAX, self.key_rest(object, at, hash, members).len() as u64 + 1)
                 .saturating_add(object.others.as_ref().map_or(NEVER, |others| self.cost(others.node))),
             Place::Named(place) => with(place, 1 + self.cost(object.named[place as usize].node)),
             Place::Keyed => with(u32::MAX, 1 + object.others.as_ref().map_or(0, |others| self.cost(others.node))),
@@ -73,10 +75,10 @@ impl Program {
     }
 
     /// The cheapest of the names that a branch leads to, and what it costs from there to the end of the object.
-    fn name_choice(&self, object: &Object, branch: u32, members: &Members) -> (u64, u32) {
+    fn name_choice(&self, object: &Object, branch: u32, members: &Members, depth: u32) -> (u64, u32) {
         let Members { next, count, .. } = *members;
         let places = object.names.between(branch, next, object.last(next));
-        let allowed = places.iter().copied().filter(|&place| object.allows(place, next, count));
+        let allowed = places.iter().copied().filter(|&place| self.takes_named(object, place, members, depth));
         let most = if places.len() > CANDIDATES { 1 } else { CANDIDATES };
         let cost = |place: u32| {
             let left = object.named[place as usize].cost - object.names.depth(branch);
@@ -87,7 +89,7 @@ impl Program {
 
     /// Completes the document.
     pub fn close_head(&self, head: &Head, out: &mut Vec<u8>) {
-        self.close_state(&head.state, out);
+        self.close_state(&head.state, head.depth(), out);
         if let Some(around) = &head.around
             && let Some(frame) = around.frames.iter().min_by_key(|frame| self.head_cost(frame))
         {
@@ -96,13 +98,13 @@ impl Program {
     }
 
     /// Completes the value.
-    fn close_state(&self, state: &State, out: &mut Vec<u8>) {
+    fn close_state(&self, state: &State, depth: u32, out: &mut Vec<u8>) {
         match state {
             State::Start => self.close_node(self.root, out),
             State::Term { term, at } => self.terms[*term as usize].dfa.close(*at, out),
             State::Text { text, characters, at } => self.close_text(*text, *characters, *at, out),
             State::Array { array, items, spot } => self.close_array(*array, *items, *spot, out),
-            State::Object(members) => self.close_object(members, out),
+            State::Object(members) => self.close_object(members, depth, out),
             State::End => {}
         }
     }
@@ -122,7 +124,9 @@ impl Program {
             }
             Leaf::Object(object) => {
                 out.push(b'{');
-                self.close_object(&Members { object, next: 0, count: 0, spot: Place::Open(0), keys: None }, out);
+                let (spot, keys) = (Place::Open(0), Keys::default());
+                let members = Members { object, next: 0, count: 0, spot, keys };
+                self.close_members(&self.objects[object as usize], &members, false, out);
             }
         }
     }
@@ -152,22 +156,24 @@ impl Program {
         out.push(b']');
     }
 
-    fn close_object(&self, members: &Members, out: &mut Vec<u8>) {
+    fn close_object(&self, members: &Members, depth: u32, out: &mut Vec<u8>) {
         let object = &self.objects[members.object as usize];
         match members.spot {
             Place::Open(_) => self.close_members(object, members, false, out),
             Place::After(_) => self.close_members(object, members, true, out),
-            Place::Comma(_) if object.is_enough(members.next, members.count) => self.one_more(object, members, out),
+            Place::Comma(_) if object.is_enough(members.next, members.count) => {
+                self.one_more(object, members, depth, out);
+            }
             Place::Comma(_) => self.close_members(object, members, false, out),
             Place::Name(branch) => {
-                let (_, place) = self.name_choice(object, branch, members);
+                let (_, place) = self.name_choice(object, branch, members, depth);
                 let key = object.named[place as usize].key.as_bytes();
                 out.extend(&key[object.names.depth(branch) as usize..]);
                 self.close_value(object, place, members, out);
             }
             Place::Key { at, hash } => {
-                let rest = self.key_rest(object, at, hash, &members.keys);
-                let keys = Keys::with(&members.keys, rest.iter().fold(hash, |before, &byte| self::hash(before, byte)));
+                let rest = self.key_rest(object, at, hash, members);
+                let keys = members.keys.with(hash_of(&rest, hash));
                 out.extend(rest);
                 out.push(b':');
                 let members = Members { keys, ..members.clone() };
@@ -193,17 +199,25 @@ impl Program {
         }
     }
 
+    /// The cheapest member with a name that may come although none is needed, if no other is cheaper.
+    fn cheapest(&self, object: &Object, members: &Members, depth: u32) -> Option<u32> {
+        let places = members.next..object.named.len() as u32;
+        let cost = |&place: &u32| object.named[place as usize].cost;
+        let cheapest = places.filter(|&place| self.takes_named(object, place, members, depth)).min_by_key(cost);
+        let others = if self.takes_other(object, members, depth) { object.others_cost() } else { NEVER };
+        cheapest.filter(|place| cost(place) <= others)
+    }
+
     /// Writes the cheapest member, although none is needed: a comma was there.
-    fn one_more(&self, object: &Object, members: &Members, out: &mut Vec<u8>) {
-        let named = (members.next..object.named.len() as u32).min_by_key(|&place| object.named[place as usize].cost);
-        let others = object.others.as_ref().map_or(NEVER, |others| others.cost);
-        match named.filter(|&place| object.named[place as usize].cost <= others) {
+    fn one_more(&self, object: &Object, members: &Members, depth: u32, out: &mut Vec<u8>) {
+        match self.cheapest(object, members, depth) {
             Some(place) => {
                 out.extend(object.named[place as usize].key.as_bytes());
                 self.close_value(object, place, members, out);
             }
             None => {
-                self.close_object(&Members { spot: Place::Key { at: 0, hash: EMPTY_HASH }, ..members.clone() }, out)
+                let spot = Place::Key { at: 0, hash: EMPTY_HASH };
+                self.close_object(&Members { spot, ..members.clone() }, depth, out);
             }
         }
     }
@@ -219,44 +233,66 @@ impl Program {
                 self.close_node(member.node, out);
             }
         }
-        let mut keys = members.keys.clone();
+        let mut taken: FxHashSet<u64> = members.keys.hashes().iter().copied().collect();
+        let mut numbers = 0..;
         for _ in 0..others {
             out.extend(std::mem::replace(&mut comma, true).then_some(b','));
-            keys = self.close_other(object, keys, out);
+            self.close_other(object, &mut taken, &mut numbers, out);
         }
         out.push(b'}');
     }
 
-    /// Writes a member without a name of its own.
-    fn close_other(&self, object: &Object, keys: Option<Arc<Keys>>, out: &mut Vec<u8>) -> Option<Arc<Keys>> {
-        let key = self.key_rest(object, 0, EMPTY_HASH, &keys);
-        out.extend(&key);
+    /// Writes a member without a name of its own, whose key is new.
+    fn close_other(
+        &self,
+        object: &Object,
+        taken: &mut FxHashSet<u64>,
+        numbers: &mut RangeFrom<usize>,
+        out: &mut Vec<u8>,
+    ) {
+        let key = self.new_key(object, 0, numbers, |key| !taken.contains(&hash_of(key, EMPTY_HASH)));
+        taken.insert(hash_of(&key, EMPTY_HASH));
+        out.extend(key);
         out.push(b':');
         if let Some(others) = &object.others {
             self.close_node(others.node, out);
         }
-        Keys::with(&keys, key.into_iter().fold(EMPTY_HASH, hash))
     }
 
     /// The rest of a key, different from all keys so far where they must differ.
-    fn key_rest(&self, object: &Object, at: u32, before: u64, keys: &Option<Arc<Keys>>) -> Vec<u8> {
+    fn key_rest(&self, object: &Object, at: u32, before: u64, members: &Members) -> Vec<u8> {
+        let differs = object.must_differ(members.count);
+        self.new_key(object, at, &mut (0..), |rest| !differs || !members.keys.has(hash_of(rest, before)))
+    }
+
+    /// The rest of a key: the shortest, or else one that ends with the next suffix that makes it new.
+    fn new_key(
+        &self,
+        object: &Object,
+        at: u32,
+        numbers: &mut RangeFrom<usize>,
+        is_new: impl Fn(&[u8]) -> bool,
+    ) -> Vec<u8> {
         let mut plain = Vec::new();
         let Some(others) = &object.others else { return plain };
         let dfa = &self.terms[others.key as usize].dfa;
         dfa.close(at, &mut plain);
-        let is_new = |key: &[u8]| !Keys::has(keys, key.iter().copied().fold(before, hash));
-        if !object.must_differ() || is_new(&plain) {
-            return plain;
-        }
         let fits = |key: &[u8]| {
             let end = key.iter().try_fold(at, |state, &byte| dfa.step(state, byte));
             end.is_some_and(|state| dfa.accepts(state)) && is_new(key)
         };
+        if fits(&plain) {
+            return plain;
+        }
         let stem = &plain[..plain.len() - 1];
-        let with = |suffix: &[u8]| [stem, suffix, b"\""].concat();
-        let mut suffixes = (0usize..).map(suffix);
-        suffixes.find_map(|suffix| Some(with(&suffix)).filter(|key| fits(key))).unwrap_or(plain)
+        let mut keys = numbers.map(|number| [stem, &suffix(number), b"\""].concat());
+        keys.find(|key| fits(key)).unwrap_or_default()
     }
+}
+
+/// The hash of a text after another one.
+fn hash_of(text: &[u8], before: u64) -> u64 {
+    text.iter().copied().fold(before, hash)
 }
 
 /// Words of letters and digits, short ones first.
@@ -270,9 +306,15 @@ fn suffix(mut number: usize) -> Vec<u8> {
 }
 
 impl Object {
-    /// What another key may cost more, where keys must differ.
+    /// What another key may cost more, where keys must differ: each suffix is taken by a name or by one of them.
     pub fn margin(&self) -> u64 {
-        if self.must_differ() { LONGER_KEY } else { 0 }
+        let taken = self.named.len() + self.barred.len() + self.size.min as usize;
+        if self.must_differ(0) { suffix(taken).len() as u64 } else { 0 }
+    }
+
+    /// Bytes of a member without a name of its own.
+    fn others_cost(&self) -> u64 {
+        self.others.as_ref().map_or(NEVER, |others| others.cost)
     }
 
     /// Whether nothing more is needed.
@@ -294,13 +336,17 @@ impl Object {
         self.cost_after(place.saturating_add(1).min(self.named.len() as u32), count.saturating_add(1))
     }
 
-    /// Which members that are not required are needed all the same: the cheapest, then those without names.
-    fn choice(&self, next: u32, count: u32) -> (Vec<u32>, u32) {
+    /// Which members that are not required are needed all the same: the cheapest, be it those without names.
+    pub fn choice(&self, next: u32, count: u32) -> (Vec<u32>, u32) {
         let wanting = self.wanting(next, count);
         if wanting == 0 {
             return (Vec::new(), 0);
         }
-        let optional = |place: &u32| !self.named[*place as usize].required;
+        let most = self.others_cost().saturating_add(self.margin());
+        let optional = |place: &u32| {
+            let member = &self.named[*place as usize];
+            !member.required && member.cost <= most
+        };
         let mut places: Vec<u32> = (next..self.named.len() as u32).filter(optional).collect();
         places.sort_by_key(|&place| self.named[place as usize].cost);
         places.truncate(wanting as usize);

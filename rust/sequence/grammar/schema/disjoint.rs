@@ -61,13 +61,9 @@ impl Apart<'_, '_, '_> {
     }
 
     fn numbers(&mut self, one: &Rules, other: &Rules) -> bool {
-        // Multiples are written with fewer digits than others may have: only their ranges count.
-        let ranges = [one, other].map(|rules| {
-            let mut range = rules.number.clone();
-            range.multiples.clear();
-            range.regex()
-        });
-        self.never(RegexAst::And(ranges.into()))
+        let both = one.number.and(&other.number);
+        // Of numbers between bounds with fewer digits than may be written, one can be written too, if there are any.
+        both.is_empty() || !both.is_fine() && self.never(both.regex())
     }
 
     fn strings(&mut self, one: &Rules, other: &Rules) -> bool {

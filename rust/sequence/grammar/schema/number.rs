@@ -73,6 +73,34 @@ impl NumberRule {
         self.least.is_some() || self.most.is_some()
     }
 
+    /// What fulfils both, multiples left aside.
+    pub fn and(&self, other: &Self) -> Self {
+        let mut both = Self { integer: self.integer || other.integer, multiples: Vec::new(), ..self.clone() };
+        if let Some((bound, excluded)) = &other.least {
+            both.at_least(bound, *excluded);
+        }
+        if let Some((bound, excluded)) = &other.most {
+            both.at_most(bound, *excluded);
+        }
+        both
+    }
+
+    /// Whether nothing is between the bounds, however many digits it has.
+    pub fn is_empty(&self) -> bool {
+        let Some(((least, above), (most, below))) = self.least.as_ref().zip(self.most.as_ref()) else { return false };
+        match compare(least, most) {
+            std::cmp::Ordering::Less => false,
+            std::cmp::Ordering::Equal => *above || *below,
+            std::cmp::Ordering::Greater => true,
+        }
+    }
+
+    /// Whether a bound has as many digits as numbers are written with: then some between the bounds may have more.
+    pub fn is_fine(&self) -> bool {
+        let usual = self.usual_digits();
+        self.least.iter().chain(&self.most).any(|(bound, _)| digits(bound) >= usual)
+    }
+
     /// The numbers as text.
     pub fn regex(&self) -> RegexAst {
         if !self.integer && !self.is_bounded() && self.multiples.is_empty() {
@@ -110,12 +138,16 @@ impl NumberRule {
         !self.integer && !self.multiples.iter().any(|of| Decimal::new(of).is_integer())
     }
 
-    fn digits(&self) -> usize {
+    /// Digits of the numbers at most.
+    pub fn digits(&self) -> usize {
         let bounds = self.least.iter().chain(&self.most);
-        let asked = bounds.map(|(bound, _)| Decimal::new(bound).whole.len()).max().unwrap_or(0);
-        let usual = if self.multiples.is_empty() { DIGITS } else { MULTIPLE_DIGITS };
+        let asked = bounds.map(|(bound, _)| Decimal::new(bound).digits_beyond()).max().unwrap_or(0);
         let most = if self.takes_fractions() { DIGITS } else { MOST_DIGITS };
-        asked.clamp(usual, most)
+        asked.clamp(self.usual_digits(), most)
+    }
+
+    fn usual_digits(&self) -> usize {
+        if self.multiples.is_empty() { DIGITS } else { MULTIPLE_DIGITS }
     }
 
     /// What the digits of the numbers with that sign fulfil; none if there are no such numbers.
@@ -141,6 +173,12 @@ impl NumberRule {
         }
         Some(all)
     }
+}
+
+/// The digits of a number before and after the point.
+pub fn digits(number: &Number) -> usize {
+    let decimal = Decimal::new(number);
+    decimal.whole.len() + decimal.fraction.len()
 }
 
 /// Says why multiples of a number cannot be told, if they cannot.
@@ -222,6 +260,11 @@ impl Decimal {
             whole: if whole.is_empty() { "0".into() } else { whole.into() },
             fraction: fraction.trim_end_matches('0').into(),
         }
+    }
+
+    /// Digits before the point of the numbers next to it.
+    fn digits_beyond(&self) -> usize {
+        self.whole.len() + usize::from(self.whole.bytes().all(|digit| digit == b'9'))
     }
 
     fn is_integer(&self) -> bool {

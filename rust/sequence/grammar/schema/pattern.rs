@@ -273,8 +273,8 @@ fn hex_digit(low: u32, high: u32) -> String {
 }
 
 /// A pattern of ECMA 262 in the words of regex-syntax, in the sense that JavaScript and Python share: `\d`, `\w` and
-/// `\s` take ASCII, their opposites leave out all of Unicode; a dot takes no line break; brackets and set operators
-/// in a class are characters.
+/// `\s` take ASCII, their opposites leave out what either language counts among them; a dot takes no line break;
+/// brackets and set operators in a class are characters.
 pub fn portable(pattern: &str) -> String {
     let mut out = String::new();
     let mut class = None;
@@ -299,17 +299,16 @@ pub fn portable(pattern: &str) -> String {
     out
 }
 
-/// What follows a backslash; in a class it is known whether that is negated.
+/// What follows a backslash; in a class it is known whether that is negated. What is taken is as narrow as in any
+/// language, what is left out as wide.
 fn escape(character: Option<char>, class: Option<bool>, out: &mut String) {
-    let ascii = match character {
-        Some('d') => "0-9",
-        Some('w') => "0-9A-Za-z_",
-        Some('s') => r" \t\n\r\f\v",
-        _ => "",
+    let (narrow, wide) = match character.map(|character| character.to_ascii_lowercase()) {
+        Some('d') => ("0-9", r"\d"),
+        Some('w') => ("0-9A-Za-z_", r"\w\p{N}"),
+        Some('s') => (r" \t\n\r\f\v", r"\s\x1c-\x1f\x{feff}"),
+        _ => return out.extend(std::iter::once('\\').chain(character)),
     };
-    match (ascii.is_empty(), class) {
-        (false, None) => out.extend(["[", ascii, "]"]),
-        (false, Some(false)) => out.push_str(ascii),
-        _ => out.extend(std::iter::once('\\').chain(character)),
-    }
+    let opposite = character.is_some_and(|character| character.is_ascii_uppercase());
+    let taken = opposite == (class == Some(true));
+    out.extend([if opposite { "[^" } else { "[" }, if taken { narrow } else { wide }, "]"]);
 }

@@ -9,6 +9,7 @@ use rustc_hash::FxHashMap;
 
 use super::dfa::Dfa;
 use super::rules::Size;
+use super::tracker::{DEEPEST, Members};
 
 /// More than any text.
 pub const NEVER: u64 = u64::MAX;
@@ -35,7 +36,7 @@ pub struct Node {
     pub cost: u64,
     /// Which leaf that is.
     pub best: usize,
-    /// How deep its arrays and objects are in each other.
+    /// How deep the arrays and objects of the shortest value are in each other.
     pub height: u32,
 }
 
@@ -106,8 +107,6 @@ pub struct Object {
     pub required: Vec<u32>,
     /// For each place: bytes of the required ones left, with a comma each.
     pub ahead: Vec<u64>,
-    /// For each place: the cheapest member that can come next, if none is required.
-    pub cheapest: Vec<u64>,
 }
 
 /// The names of an object's members as a tree of bytes, quotes included.
@@ -201,6 +200,38 @@ impl Program {
             .any(|leaf| matches!(leaf, Leaf::Term(term) if self.terms[*term as usize].dfa.accepts(0)))
     }
 
+    /// Whether the shortest value of a node has room inside an array or object that is `depth` levels deep.
+    pub fn fits(&self, node: u32, depth: u32) -> bool {
+        depth + 1 + self.nodes[node as usize].height <= DEEPEST
+    }
+
+    /// Whether the member at a place may come next, and a whole object can follow.
+    pub fn takes_named(&self, object: &Object, place: u32, members: &Members, depth: u32) -> bool {
+        object.allows(place, members.next, members.count)
+            && self.fits(object.named[place as usize].node, depth)
+            && self.fits_after(object, place + 1, members.count, depth)
+    }
+
+    /// Whether a member without a name of its own may come next, and a whole object can follow.
+    pub fn takes_other(&self, object: &Object, members: &Members, depth: u32) -> bool {
+        object.takes_others(members.next, members.count)
+            && object.others.as_ref().is_some_and(|others| self.fits(others.node, depth))
+    }
+
+    /// Whether any member may come next, and a whole object can follow.
+    pub fn takes_member(&self, object: &Object, members: &Members, depth: u32) -> bool {
+        let mut places = members.next..object.named.len() as u32;
+        places.any(|place| self.takes_named(object, place, members, depth)) || self.takes_other(object, members, depth)
+    }
+
+    /// Whether what is chosen to come after one more member has room. What is required has: else the object would
+    /// not have begun.
+    fn fits_after(&self, object: &Object, next: u32, count: u32, depth: u32) -> bool {
+        let (chosen, others) = object.choice(next, count + 1);
+        let other = object.others.as_ref().filter(|_| others > 0).map(|others| others.node);
+        chosen.iter().map(|&place| object.named[place as usize].node).chain(other).all(|node| self.fits(node, depth))
+    }
+
     /// The item at a place of an array.
     pub fn item(&self, array: u32, at: u32) -> Option<u32> {
         let array = &self.arrays[array as usize];
@@ -251,12 +282,6 @@ impl Object {
     /// Whether a member without a name of its own may come next.
     pub fn takes_others(&self, next: u32, count: u32) -> bool {
         self.others.is_some() && self.required[next as usize] == 0 && self.has_room(next, count)
-    }
-
-    /// Whether any member may come next, and a whole object can follow.
-    pub fn takes_more(&self, next: u32, count: u32) -> bool {
-        let named = (next as usize) < self.named.len();
-        self.required[next as usize] > 0 || self.has_room(next, count) && (named || self.others.is_some())
     }
 
     /// Whether it may end.

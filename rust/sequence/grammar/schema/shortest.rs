@@ -6,9 +6,9 @@ use super::program::{Array, Leaf, NEVER, Names, Object, Program};
 pub fn settle(program: &mut Program) {
     costs(program);
     prune(program);
-    heights(program);
     arrays(program);
     objects(program);
+    heights(program);
 }
 
 /// Every node costs as much as its cheapest leaf: repeated until nothing changes, since schemas refer to themselves.
@@ -77,7 +77,7 @@ fn object_cost(program: &Program, object: &Object) -> u64 {
     choice.sort_unstable();
     let other = object.others.as_ref().map_or(NEVER, |others| cost(others.node, others.key_cost + 1));
     let other = other.saturating_add(object.margin());
-    let more = (0..wanting).map(|at| choice.get(at).copied().filter(|&cost| cost != NEVER).unwrap_or(other));
+    let more = (0..wanting).map(|at| choice.get(at).map_or(other, |&cost| cost.min(other)));
     let members = member(true).chain(more).fold(0, u64::saturating_add);
     members.saturating_add(2 + (count + wanting).saturating_sub(1) as u64)
 }
@@ -145,10 +145,11 @@ pub fn leaf_height(program: &Program, leaf: Leaf) -> u32 {
         }
         Leaf::Object(object) => {
             let object = &program.objects[object as usize];
-            let all = object.size.min as usize > object.named.iter().filter(|member| member.required).count();
-            let named = object.named.iter().filter(|member| all || member.required).map(|member| member.node);
-            let others = object.others.iter().filter(|_| all).map(|others| others.node);
-            1 + deepest(&mut named.chain(others)).unwrap_or(0)
+            let (chosen, others) = object.choice(0, 0);
+            let required = object.named.iter().filter(|member| member.required);
+            let chosen = chosen.iter().map(|&place| &object.named[place as usize]);
+            let others = object.others.iter().filter(|_| others > 0).map(|others| others.node);
+            1 + deepest(&mut required.chain(chosen).map(|member| member.node).chain(others)).unwrap_or(0)
         }
     }
 }
@@ -185,7 +186,6 @@ fn tails(object: &mut Object) {
     object.reach = vec![count as u32; count + 1];
     object.required = vec![0; count + 1];
     object.ahead = vec![0; count + 1];
-    object.cheapest = vec![object.others.as_ref().map_or(NEVER, |others| others.cost); count + 1];
     for at in (0..count).rev() {
         let member = &object.named[at];
         let required = member.required;
@@ -193,6 +193,5 @@ fn tails(object: &mut Object) {
         object.required[at] = object.required[at + 1] + u32::from(required);
         object.ahead[at] =
             object.ahead[at + 1].saturating_add(if required { member.cost.saturating_add(1) } else { 0 });
-        object.cheapest[at] = object.cheapest[at + 1].min(member.cost);
     }
 }

@@ -134,7 +134,17 @@ impl<'a> Source<'a> {
         };
         let found =
             self.root.pointer(&pointer).ok_or_else(|| self.wrong(id, "$ref", &format!("{name:?} is not there")))?;
+        if self.is_moved(&pointer) {
+            return Err(self.wrong(id, "$ref", &format!("{name:?} is inside a schema with an $id of its own")));
+        }
         self.intern(pointer, found).map(Some)
+    }
+
+    /// Whether a pointer leads through a schema inside which references are not those of the document.
+    fn is_moved(&self, pointer: &str) -> bool {
+        let ends = pointer.match_indices('/').map(|(end, _)| end).filter(|&end| end > 0);
+        let mut above = ends.filter_map(|end| self.root.pointer(&pointer[..end])?.as_object());
+        above.any(moves_references)
     }
 
     /// The JSON pointer of a reference into this document.
@@ -212,10 +222,18 @@ fn check_keywords(pointer: &str, value: &Value) -> Result<()> {
 fn check_object(pointer: &str, object: &Map<String, Value>) -> Result<()> {
     let known =
         |keyword: &&String| [ANNOTATIONS, CONTAINERS, UNDERSTOOD].iter().any(|list| list.contains(&keyword.as_str()));
+    if !pointer.is_empty() && moves_references(object) {
+        return Err(wrong(pointer, "$id", "only the whole schema may have one: it moves what # refers to"));
+    }
     match object.keys().find(|keyword| !known(keyword)) {
         Some(keyword) => Err(wrong(pointer, keyword, "this keyword is not supported")),
         None => Ok(()),
     }
+}
+
+/// Whether references inside it are not those of the document: an `$id` that is more than a name.
+fn moves_references(object: &Map<String, Value>) -> bool {
+    object.get("$id").and_then(Value::as_str).is_some_and(|id| !id.starts_with('#'))
 }
 
 /// A value for a message.

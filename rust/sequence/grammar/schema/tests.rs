@@ -78,7 +78,8 @@ fn step(matcher: &mut Matcher, tracker: &Tracker, pick: usize, so_far: &[u8]) ->
     let masked: Vec<u8> =
         (0..=255).filter(|&byte| mask.as_ref().is_some_and(|mask| mask.is_allowed(u32::from(byte)))).collect();
     // A repeated key ends with a quotation mark that only the tracker refuses.
-    let repeated = masked.iter().all(|byte| *byte == b'"' || allowed.contains(byte));
+    let repeated = allowed.iter().all(|byte| masked.contains(byte))
+        && masked.iter().all(|byte| *byte == b'"' || allowed.contains(byte));
     assert!(masked == allowed || repeated, "{masked:?} {allowed:?} after {:?}", String::from_utf8_lossy(so_far));
     // Every third byte goes towards the end, so that walks see more than strings.
     let ahead = tracker.closing().first().copied().filter(|_| pick.is_multiple_of(3));
@@ -219,7 +220,39 @@ fn numbers_are_kept_in_their_ranges() {
 }
 
 #[test]
+fn bounds_that_no_written_number_reaches_are_named() {
+    for (schema, words) in [
+        (json!({"type": "number", "minimum": 1e16}), "minimum at #:"),
+        (json!({"type": "number", "maximum": -1e16}), "maximum at #:"),
+        (json!({"type": "integer", "minimum": 1_000_000_000_000_000_000_u64}), "minimum at #:"),
+        (json!({"type": "number", "exclusiveMinimum": 0, "maximum": 1e-16}), "maximum at #:"),
+        (json!({"type": "integer", "multipleOf": 7, "minimum": 999_999_995}), "minimum at #:"),
+        (json!({"type": "object", "properties": {"a": {"minimum": 1e16}}}), "minimum at #/properties/a:"),
+        (json!({"anyOf": [{"type": "null"}, {"type": "number", "minimum": 1e16}]}), "minimum at #/anyOf/1:"),
+    ] {
+        let message = refusal(&schema);
+        assert!(message.contains(words) && message.contains("digits"), "{schema}: {message}");
+    }
+    table(
+        &json!({"type": "integer", "minimum": i64::MIN, "maximum": u64::MAX}),
+        &["0", "-123456789012345678"],
+        &["1.5"],
+    );
+    table(
+        &json!({"type": "integer", "exclusiveMinimum": 999_999_999_999_999_u64}),
+        &["1000000000000000"],
+        &["999999999999999"],
+    );
+    table(&json!({"type": "integer", "multipleOf": 7, "minimum": 999_999_999}), &["1000000001"], &["1000000006"]);
+    table(&json!({"type": "number", "minimum": 0, "maximum": 1e-16}), &["0"], &["0.00000000000001", "1"]);
+    table(&json!({"type": ["integer", "null"], "minimum": 2, "exclusiveMaximum": 2}), &["null"], &["2"]);
+}
+
+#[test]
 fn references_recur() {
+    let named = json!({"$id": "https://example.org/a", "type": "array", "items": {"$ref": "https://example.org/a#"}});
+    table(&named, &["[[]]"], &["[1]"]);
+    assert!(takes(&compiled(&json!({"items": {"$id": "#a", "type": "array"}})), "[[]]"));
     let tree = json!({"$ref": "#/$defs/tree", "$defs": {"tree": {"type": "object", "properties": {"value": {"type": "integer"}, "children": {"type": "array", "items": {"$ref": "#/$defs/tree"}}}, "required": ["value", "children"], "additionalProperties": false}}});
     table(
         &tree,
@@ -250,6 +283,12 @@ fn alternatives_are_followed_side_by_side() {
         &[r#""a""#, r#""b""#, "[]", "[1,2]"],
         &[r#""c""#],
     );
+    for [low, high] in [
+        [json!({"maximum": 1e17}), json!({"exclusiveMinimum": 1e17, "type": "integer"})],
+        [json!({"type": "integer"}), json!({"minimum": 0.25, "maximum": 0.75})],
+    ] {
+        table(&json!({"type": "number", "oneOf": [low, high]}), &["3"], &["null"]);
+    }
     table(&json!({"anyOf": [{"type": "integer"}, false]}), &["1"], &["null"]);
     // Each level may be either of two arrays: the possibilities do not multiply.
     let deep = json!({"$ref": "#/$defs/t", "$defs": {"t": {"anyOf": [
@@ -333,6 +372,27 @@ fn strings_keep_to_their_patterns() {
 }
 
 #[test]
+fn opposites_of_classes_are_what_all_languages_mean_by_them() {
+    let cases: [(&str, &[&str], &[&str]); 9] = [
+        (r"^\S$", &["a", "é", "²"], &[" ", "\u{1c}", "\u{1f}", "\u{85}", "\u{a0}", "\u{feff}"]),
+        (r"^[\S]$", &["a"], &["\u{1c}", "\u{feff}"]),
+        (r"^[^\s]$", &["a"], &["\u{1c}", "\u{feff}", "\u{a0}"]),
+        (r"^[^\S]$", &[" ", "\t"], &["\u{1c}", "\u{feff}", "\u{a0}", "a"]),
+        (r"^\W$", &["-", " ", "€"], &["a", "_", "é", "²", "½", "Ⅷ", "٣"]),
+        (r"^[^\w]$", &["-", "€"], &["a", "_", "é", "²"]),
+        (r"^[^\W]$", &["a", "_", "7"], &["é", "²", "-"]),
+        (r"^\D$", &["a", "²"], &["1", "٣"]),
+        (r"^[\w-.]$", &["a", "-", "."], &["é", ","]),
+    ];
+    for (pattern, good, bad) in cases {
+        let schema = compiled(&json!({"type": "string", "pattern": pattern}));
+        let spelt = |text: &&str| json!(text).to_string();
+        assert!(good.iter().map(spelt).all(|text| takes(&schema, &text)), "{pattern} should take all of {good:?}");
+        assert!(!bad.iter().map(spelt).any(|text| takes(&schema, &text)), "{pattern} should refuse all of {bad:?}");
+    }
+}
+
+#[test]
 fn formats_are_what_they_say() {
     let cases: [(&str, &[&str], &[&str]); 10] = [
         (
@@ -374,6 +434,47 @@ fn equal_keys_do_not_count_twice() {
 }
 
 #[test]
+fn keys_are_told_apart_as_long_as_they_count() {
+    let schema = compiled(&json!({"type": "object", "additionalProperties": {"type": "null"}, "minProperties": 3}));
+    let mut tracker = schema.tracker();
+    assert!(tracker.push(br#"{"a":null,"b":null,"#));
+    assert!(!tracker.clone().push(br#""a""#) && !tracker.clone().push(br#""b""#));
+    assert!(tracker.push(br#""c":null,"a":null,"b":null}"#) && tracker.is_complete());
+}
+
+#[test]
+fn many_keys_take_little_stack_and_time() {
+    let schema = compiled(&json!({"type": "object", "minProperties": 2}));
+    let members: Vec<String> = (0..100_000).map(|at| format!("\"k{at}\":0")).collect();
+    let text = format!("{{{}}}", members.join(","));
+    let small = std::thread::Builder::new().stack_size(256 << 10);
+    assert!(small.spawn(move || tracker_takes(&schema, &text)).unwrap().join().unwrap());
+}
+
+#[test]
+fn many_members_that_must_come_are_closed_within_their_cost() {
+    let letters = || ('a'..='z').chain('0'..='9');
+    let names: Vec<String> = letters()
+        .map(String::from)
+        .chain(letters().flat_map(|one| letters().map(move |other| format!("{one}{other}"))))
+        .collect();
+    let properties: serde_json::Map<String, Value> = names.iter().map(|name| (name.clone(), json!(true))).collect();
+    for schema in [
+        json!({"type": "object", "minProperties": 1_000}),
+        json!({"type": "object", "minProperties": names.len() + 9, "properties": properties, "required": names}),
+    ] {
+        let schema = compiled(&schema);
+        let tracker = schema.tracker();
+        assert_eq!(tracker.closing(), schema.shortest().as_bytes());
+        assert!(schema.shortest().len() <= tracker.closing_cost());
+        assert!(tracker_takes(&schema, schema.shortest()));
+    }
+    let message = refusal(&json!({"type": "object", "minProperties": 1_001}));
+    assert!(message.contains("at most 1000"), "{message}");
+    assert!(refusal(&json!({"type": "object", "minProperties": 1_000_000_000})).contains("minProperties"));
+}
+
+#[test]
 fn white_space_is_bounded() {
     let indented = format!("[\n{}1\n]", " ".repeat(32));
     table(
@@ -390,6 +491,65 @@ fn nesting_is_bounded() {
     assert!(tracker.push("[".repeat(64).as_bytes()));
     assert!(!tracker.clone().push(b"["));
     assert_eq!(tracker.closing(), "]".repeat(64).as_bytes());
+}
+
+/// Goes as deep as it can and stays there for some bytes: what was begun can be closed at every one.
+fn dive(schema: &Value, bytes: usize) -> String {
+    let schema = compiled(schema);
+    let mut tracker = schema.tracker();
+    let mut text = String::new();
+    let tempting: Vec<u8> = br#"[{n,":0"#.iter().copied().chain(b'!'..=b'~').collect();
+    while text.len() < bytes {
+        let Some(&byte) = tempting.iter().find(|&&byte| tracker.clone().push(&[byte])) else { break };
+        text.push(char::from(byte));
+        assert!(tracker.push(&[byte]));
+        let closing = tracker.closing();
+        assert!(closing.len() <= tracker.closing_cost(), "{text}");
+        let mut closed = tracker.clone();
+        assert!(closed.push(&closing) && closed.is_complete(), "{text} + {:?}", String::from_utf8_lossy(&closing));
+    }
+    text
+}
+
+#[test]
+fn nothing_is_begun_that_would_be_nested_too_deep() {
+    let list = json!({"type": "object", "properties": {"next": {"$ref": "#"}}, "additionalProperties": false});
+    let mut tracker = compiled(&list).tracker();
+    assert!(tracker.push(r#"{"next":"#.repeat(63).as_bytes()) && tracker.push(b"{"));
+    assert!(!tracker.clone().push(b"\""));
+    assert_eq!(tracker.closing(), "}".repeat(64).as_bytes());
+    let pair = json!({"type": "array", "prefixItems": [{"type": "null"}, {"$ref": "#"}], "items": false});
+    let mut tracker = compiled(&pair).tracker();
+    assert!(tracker.push("[null,".repeat(63).as_bytes()) && tracker.push(b"[null"));
+    assert!(!tracker.clone().push(b","));
+    assert_eq!(tracker.closing(), "]".repeat(64).as_bytes());
+    for schema in [list, pair, json!(true), json!({"type": "array", "items": {"$ref": "#"}})] {
+        dive(&schema, 1_500);
+    }
+}
+
+#[test]
+fn what_is_required_keeps_its_room_below_every_level() {
+    let member = |also: Value| {
+        let mut schema = json!({"type": "object", "additionalProperties": false, "properties":
+            {"next": {"$ref": "#"}, "nil": {"type": "null"}, "num": {"type": "string", "minLength": 9}}});
+        schema.as_object_mut().unwrap().append(&mut also.as_object().unwrap().clone());
+        schema
+    };
+    for also in [
+        json!({"required": ["nil"]}),
+        json!({"minProperties": 1}),
+        json!({"minProperties": 2}),
+        json!({"minProperties": 2, "properties": {"nil": {"type": "null"}, "num": {}, "next": {"$ref": "#"}}}),
+        json!({"minProperties": 2, "properties": {"next": {"$ref": "#"}}, "additionalProperties": {"type": "null"}}),
+        json!({"minProperties": 2, "properties": {"next": {"type": "null"}}, "additionalProperties": {"$ref": "#/$defs/leaf"},
+            "$defs": {"leaf": {"anyOf": [{"type": "string", "minLength": 9}, {"$ref": "#"}]}}}),
+        json!({"properties": {"next": {"type": "array", "items": {"$ref": "#"}, "maxItems": 2}}}),
+        json!({"required": ["next"], "properties": {"next": {"anyOf": [{"$ref": "#"}, {"const": "far more than an object"}]}}}),
+    ] {
+        let text = dive(&member(also), 1_500);
+        assert!(text.matches(['{', '[']).count() >= 60, "{text}");
+    }
 }
 
 #[test]
@@ -431,6 +591,16 @@ fn the_shortest_end_is_known_everywhere() {
 }
 
 #[test]
+fn a_shortest_document_does_not_go_on_in_itself() {
+    for min in 1..=3 {
+        let schema = json!({"type": "object", "properties": {"next": {"$ref": "#"}, "long": {"minLength": 5, "type": "string"}},
+            "additionalProperties": {"type": "null"}, "minProperties": min});
+        table(&schema, &[r#"{"a":null,"b":null,"c":null}"#], &["{}"]);
+        dive(&schema, 1_500);
+    }
+}
+
+#[test]
 fn what_is_not_supported_is_named() {
     let cases = [
         (json!({"type": "object", "properties": {"a/b": {"not": {}}}}), "not at #/properties/a~1b"),
@@ -448,8 +618,21 @@ fn what_is_not_supported_is_named() {
         (json!({"required": [1]}), "required at #"),
         (json!({"$ref": "https://example.org/a"}), "$ref at #"),
         (json!({"$ref": "#/$defs/none"}), "$ref at #"),
+        (json!({"properties": {"a": {"$id": "https://example.org/a"}}}), "$id at #/properties/a"),
+        (
+            json!({"$ref": "#/$defs/a/items", "$defs": {"a": {"$id": "https://example.org/a", "items": {}}}}),
+            "$ref at #: \"#/$defs/a/items\"",
+        ),
         (json!({"anyOf": []}), "anyOf at #"),
         (json!({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "oneOf at #: branches 0 and 1"),
+        (
+            json!({"oneOf": [{"type": "integer"}, {"type": "integer", "minimum": 1_000_000_000_000_000_u64}]}),
+            "oneOf at #: branches 0 and 1",
+        ),
+        (
+            json!({"oneOf": [{"type": "number", "maximum": 1e-17}, {"type": "number", "exclusiveMinimum": 0}]}),
+            "oneOf at #: branches 0 and 1",
+        ),
         (json!({"properties": {"a": 1}}), "#/properties/a is 1"),
         (json!({"$ref": "#"}), "$ref at #: leads back"),
         (json!({"anyOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"allOf": [{"$ref": "#"}]}}}), "leads back"),
@@ -635,6 +818,13 @@ proptest! {
         let schema = Maker::document(&numbers);
         prop_assume!(!is_hopeless(&schema));
         walk(&schema, &picks);
+    }
+
+    #[test]
+    fn a_dive_into_any_schema_ends_well(numbers in proptest::collection::vec(any::<u32>(), 0..80)) {
+        let schema = Maker::document(&numbers);
+        prop_assume!(!is_hopeless(&schema));
+        dive(&schema, 700);
     }
 
     #[test]

@@ -56,8 +56,8 @@ pub struct Members {
     pub count: u32,
     /// Where exactly.
     pub spot: Place,
-    /// The keys so far of members without a name of their own, where they must differ.
-    pub keys: Option<Arc<Keys>>,
+    /// The keys so far of members without a name of their own, as long as they must differ.
+    pub keys: Keys,
 }
 
 /// Between the members of an object; single bytes are states of white space.
@@ -81,22 +81,25 @@ pub enum Place {
     Value { place: u32, space: u8 },
 }
 
-/// Keys, by their hashes.
-#[derive(Debug, PartialEq, Eq, Hash)]
-pub struct Keys {
-    hash: u64,
-    before: Option<Arc<Keys>>,
-}
+/// Keys, by their hashes, in order; mostly none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Keys(Option<Arc<[u64]>>);
 
 impl Keys {
     /// Whether a key is among them.
-    pub fn has(keys: &Option<Arc<Self>>, hash: u64) -> bool {
-        std::iter::successors(keys.as_deref(), |keys| keys.before.as_deref()).any(|keys| keys.hash == hash)
+    pub fn has(&self, hash: u64) -> bool {
+        self.hashes().binary_search(&hash).is_ok()
     }
 
     /// With one more.
-    pub fn with(keys: &Option<Arc<Self>>, hash: u64) -> Option<Arc<Self>> {
-        Some(Arc::new(Self { hash, before: keys.clone() }))
+    pub fn with(&self, hash: u64) -> Self {
+        let (before, after) = self.hashes().split_at(self.hashes().partition_point(|&other| other < hash));
+        Self(Some([before, &[hash], after].concat().into()))
+    }
+
+    /// The hashes.
+    pub fn hashes(&self) -> &[u64] {
+        self.0.as_deref().unwrap_or_default()
     }
 }
 
@@ -129,7 +132,8 @@ pub struct Head {
 }
 
 impl Head {
-    fn depth(&self) -> u32 {
+    /// How deep its value is.
+    pub fn depth(&self) -> u32 {
         self.around.as_ref().map_or(0, |around| around.depth)
     }
 }
@@ -229,7 +233,8 @@ impl<'a> Step<'a> {
                 }
                 Leaf::Object(object) if self.byte == b'{' && self.is_shallow(leaf, around) => {
                     let spot = Place::Open(0);
-                    self.add(State::Object(Members { object, next: 0, count: 0, spot, keys: None }), around);
+                    let keys = Keys::default();
+                    self.add(State::Object(Members { object, next: 0, count: 0, spot, keys }), around);
                 }
                 _ => {}
             }
@@ -276,7 +281,9 @@ impl<'a> Step<'a> {
         let may_end = items >= rules.size.min;
         match (spot, self.byte) {
             (Spot::Open(_) | Spot::After(_), b']') if may_end => self.finish(&head.around),
-            (Spot::After(0), b',') if rules.takes_more(items) => self.add(at(Spot::Comma(0)), &head.around),
+            (Spot::After(0), b',') if rules.takes_more(items) && self.fits_item(array, items, head) => {
+                self.add(at(Spot::Comma(0)), &head.around);
+            }
             (Spot::After(state), byte) if may_end => {
                 self.space(state, byte, &|state| at(Spot::After(state)), head);
             }
@@ -290,6 +297,11 @@ impl<'a> Step<'a> {
             _ if rules.takes_more(items) => self.item(array, items, head),
             _ => {}
         }
+    }
+
+    /// Whether the next item can be as deep as it has to be.
+    fn fits_item(&self, array: u32, items: u32, head: &Head) -> bool {
+        self.program.item(array, items).is_some_and(|node| self.program.fits(node, head.depth()))
     }
 
     /// Begins an item.
@@ -320,7 +332,7 @@ impl<'a> Step<'a> {
         let may_end = object.may_end(members.next, members.count);
         match (members.spot, self.byte) {
             (Place::Open(_) | Place::After(_), b'}') if may_end => self.finish(&head.around),
-            (Place::After(0), b',') if object.takes_more(members.next, members.count) => {
+            (Place::After(0), b',') if self.program.takes_member(object, members, head.depth()) => {
                 self.add(at(Place::Comma(0)), &head.around);
             }
             (Place::After(state), byte) if may_end => {
@@ -347,7 +359,7 @@ impl<'a> Step<'a> {
     /// The quotation mark that begins a key.
     fn key(&mut self, object: &Object, members: &Members, head: &Head) {
         self.name(object, 0, b'"', members, head);
-        if object.takes_others(members.next, members.count) {
+        if self.program.takes_other(object, members, head.depth()) {
             self.other(object, 0, hash(EMPTY_HASH, b'"'), members, head);
         }
     }
@@ -357,8 +369,8 @@ impl<'a> Step<'a> {
         let Some(branch) = object.names.step(branch, byte) else { return };
         let last = object.last(members.next);
         let possible = object.names.between(branch, members.next, last);
-        let mut possible = possible.iter().filter(|&&place| object.allows(place, members.next, members.count));
-        let Some(&place) = possible.next() else { return };
+        let takes = |place: &&u32| self.program.takes_named(object, **place, members, head.depth());
+        let Some(&place) = possible.iter().find(takes) else { return };
         // Names are told apart by the quotation mark at the end: there is one left there.
         let spot = if object.names.ends(branch) { Place::Named(place) } else { Place::Name(branch) };
         self.add(State::Object(Members { spot, ..members.clone() }), &head.around);
@@ -372,10 +384,11 @@ impl<'a> Step<'a> {
         if !dfa.accepts(next) {
             let spot = Place::Key { at: next, hash };
             self.add(State::Object(Members { spot, ..members.clone() }), &head.around);
-        } else if !object.must_differ() {
-            self.add(State::Object(Members { spot: Place::Keyed, ..members.clone() }), &head.around);
-        } else if !Keys::has(&members.keys, hash) {
-            let keys = Keys::with(&members.keys, hash);
+        } else if !object.must_differ(members.count) {
+            let keys = Keys::default();
+            self.add(State::Object(Members { spot: Place::Keyed, keys, ..members.clone() }), &head.around);
+        } else if !members.keys.has(hash) {
+            let keys = members.keys.with(hash);
             self.add(State::Object(Members { spot: Place::Keyed, keys, ..members.clone() }), &head.around);
         }
     }
@@ -456,9 +469,10 @@ impl Object {
         self.takes(place, next, count) && self.can_end(place + 1, count + 1)
     }
 
-    /// Whether the keys of members without names of their own must differ: only where their number counts.
-    pub fn must_differ(&self) -> bool {
-        self.size.min > 1
+    /// Whether the key of a member without a name of its own must differ from those of the others, after `count`
+    /// members: only where their number counts, and as long as it does.
+    pub fn must_differ(&self, count: u32) -> bool {
+        self.size.min > 1 && count < self.size.min
     }
 
     /// The value of the member at a place, and how the object goes on after it.
