@@ -408,13 +408,23 @@ class _State:
             self.error = outcome.pop("error") or self.failure
             parsed = None if self.error is not None else self._parsed(outcome)
             result = result_of(outcome, self.error, parsed)
-            self.result = result if self.on_result is None else self.on_result(result)
+            self.result = self._completed(result)
             self.owner = self.on_result = self.on_round = None
             self.end_lease()
             if self.error is not None:
                 _attach_partial(self.error, self.result)
             self._tell_settled(self.result)
         return self.result
+
+    def _completed(self, result: PredictionResult) -> PredictionResult:
+        """Return the result with what its driver adds; a driver that fails must not hide the end."""
+        if self.on_result is None:
+            return result
+        try:
+            return self.on_result(result)
+        except Exception as error:
+            self.error = self.error or error
+            return msgspec.structs.replace(result, stop_reason=None, parsed=None)
 
     def _parsed(self, outcome: dict[str, Any]) -> Any:
         """Return the value of the content, if it has to be one; note why it is none."""

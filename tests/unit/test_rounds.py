@@ -378,6 +378,23 @@ async def test_a_driver_may_fail_between_rounds(driver: Driver) -> None:
     assert failed.value.partial.content == first.content  # type: ignore[attr-defined]
 
 
+async def test_a_driver_that_cannot_complete_the_result_keeps_nobody_waiting(
+    driver: Driver,
+) -> None:
+    def fails(result: PredictionResult) -> PredictionResult:
+        raise KeyError("messages")
+
+    driver.deferred.on_result(fails)
+    driver.begin(max_tokens=3)
+    last = await driver.ended(1)
+    driver.deferred.conclude()
+    with pytest.raises(KeyError, match="messages") as failed:
+        await soon(driver.prediction)
+    partial = failed.value.partial  # type: ignore[attr-defined]
+    assert (partial.content, partial.stop_reason) == (last.content, None)
+    assert driver.settled == [partial]
+
+
 async def test_closing_the_context_between_rounds_refuses_the_next(tiny_model: Model) -> None:
     driver = Driver(tiny_model)
     driver.begin(max_tokens=3)

@@ -513,6 +513,28 @@ async def test_a_deadline_counts_the_time_of_tools(session: ChatSession) -> None
     assert session.history == ()
 
 
+async def test_a_deadline_does_not_wait_for_handlers_to_clean_up(session: ChatSession) -> None:
+    may_end, ended = asyncio.Event(), asyncio.Event()
+
+    async def lingers(name: str) -> str:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await may_end.wait()
+            ended.set()
+        return name
+
+    with pytest.raises(DeadlineExceededError, match="while tools were carried out"):
+        await soon(session.prompt(ONE, tools=[priced(lingers)], deadline=1.0))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not ended.is_set()
+    assert "llamactor-chat" in tasks()  # the next turn waits until they have ended
+    may_end.set()
+    await soon(ended.wait())
+    assert (await soon(session.prompt("Hello!"))).content
+
+
 # --- together with schemas ------------------------------------------------------------------------
 
 
@@ -702,6 +724,41 @@ async def test_closing_the_session_ends_handlers(session: ChatSession) -> None:
     with pytest.raises(ClosedError):
         await soon(prediction)
     assert session.history == ()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tools": [BARE]},
+        {"tools": [Tool(**BARE, handler=len)]},
+        {"trim_trailing_whitespace": True},
+    ],
+    ids=["bare", "handler", "trimmed"],
+)
+@pytest.mark.parametrize("cancels", [False, True])
+async def test_closing_the_model_ends_an_answer_and_its_session(
+    tinychat: Model, session: ChatSession, gate: Gate, options: dict[str, Any], cancels: bool
+) -> None:
+    says = Says(tinychat, ANSWER)
+
+    def slowly(tokens: list[int], logits: memoryview[float]) -> None:
+        gate(tokens, logits)
+        says(tokens, logits)
+
+    gate.allow(5)
+    prediction = session.prompt("?", logits_processor=slowly, **options)
+    for _ in range(6):
+        await gate.reached()
+    if cancels:
+        prediction.cancel()
+    waiter = asyncio.create_task(prediction.result())
+    closing = asyncio.create_task(tinychat.aclose())
+    await until(lambda: tinychat.closed)
+    gate.open()
+    ended = await soon(asyncio.gather(waiter, return_exceptions=True))
+    assert isinstance(ended[0], ClosedError) or ended[0].stop_reason == "cancelled"
+    await soon(asyncio.gather(closing, session.aclose()))
+    await until(lambda: tasks() == set())
 
 
 async def test_prompts_wait_for_the_tools_of_those_before_them(session: ChatSession) -> None:
