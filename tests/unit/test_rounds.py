@@ -6,6 +6,7 @@ import asyncio
 import threading
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from llamactor import (
@@ -493,3 +494,20 @@ def test_results_are_followed_by_an_answer_unless_the_program_is_to_answer() -> 
     assert state.said(None, "cancelled")[-1] == AssistantMessage()
     assert state.said(None, "max_tokens")[-1] == AssistantMessage()
     assert state.said(None, "tool_calls")[-1] == ANSWERED
+
+
+def test_an_id_that_a_model_uses_again_is_another_call() -> None:
+    told, asked = ToolCall("0", "told"), ToolCall("0", "asked")
+    first = AssistantMessage("", tool_calls=(told,))
+    for calls, pending in (
+        ((told, asked), (asked,)),
+        ((told, told), (told,)),
+        ((told, asked, asked), (asked, asked)),
+    ):
+        messages = (
+            first,
+            ToolMessage("5", "0", "told"),
+            AssistantMessage("", tool_calls=calls[1:]),
+        )
+        ended = msgspec.structs.replace(result(3), tool_calls=calls, messages=messages)
+        assert ended.pending_calls == pending

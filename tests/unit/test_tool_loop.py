@@ -369,6 +369,22 @@ async def test_calls_without_a_handler_are_returned(tinychat: Model) -> None:
     assert again.stats.cached_tokens > len(result.tokens)
 
 
+async def test_a_returned_call_whose_arguments_cannot_be_read_says_so(tinychat: Model) -> None:
+    transfer = {
+        "name": "transfer",
+        "parameters": {"type": "object", "properties": {"amount": {"type": "number"}}},
+    }
+    written = '<tool_call>\n{"name": "transfer", "arguments": {"amount": 1e999}}\n</tool_call>'
+    prediction = tinychat.respond("?", tools=[transfer], logits_processor=Says(tinychat, written))
+    ends = [one.call for one in await soon(all_of(prediction)) if isinstance(one, ToolCallEnd)]
+    result = await soon(prediction)
+    (call,) = result.tool_calls
+    assert ends == [call]
+    assert (call.name, call.arguments) == ("transfer", {})
+    assert "1e999" in str(call.problem)
+    assert result.pending_calls == (call,)
+
+
 async def test_a_session_goes_on_when_the_program_has_answered(session: ChatSession) -> None:
     result = await soon(session.prompt(QUESTION, tools=[BARE]))
     assert result.stop_reason == "tool_calls"

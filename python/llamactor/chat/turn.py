@@ -400,7 +400,7 @@ class Turn:
             news.clear()
             is_over = deferred.rounds > rounds.ended
             for call in deferred.calls(rounds.calls + len(calls.calls)):
-                calls.add(*read_call(*call))
+                calls.add(read_call(*call))
             if is_over and not deferred.done:
                 return deferred.last_round()
             await news.wait()
