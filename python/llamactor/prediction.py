@@ -428,7 +428,7 @@ class _State:
         return self.result
 
     def _completed(self, result: PredictionResult) -> PredictionResult:
-        """Return the result with what its driver adds; a driver that fails must not hide the end."""
+        """Return the result with what its driver adds; one that fails must not hide the end."""
         if self.on_result is None:
             return result
         try:

@@ -437,7 +437,7 @@ async def test_a_failure_is_told_to_the_model() -> None:
     assert error.call.name == "fails"
 
 
-class Wordless(Exception):
+class WordlessError(Exception):
     """One that cannot say what it is."""
 
     def __str__(self) -> str:
@@ -448,7 +448,7 @@ class Wordless(Exception):
     ("error", "told"),
     [
         (ValueError("no file caf\udce9.txt"), "ValueError: no file caf?.txt"),
-        (Wordless(), "Wordless"),
+        (WordlessError(), "WordlessError"),
         (ValueError("a" * 100_000), "ValueError: aaa"),
     ],
     ids=["surrogate", "wordless", "long"],
@@ -473,7 +473,7 @@ async def test_code_of_a_parameter_s_type_may_fail_too() -> None:
     async def handler(fruit: Picky) -> str:
         return str(fruit)
 
-    round_ = Round(llamactor.tool(handler, name="t"))
+    round_ = Round(llamactor.tool(name="t")(handler))
     (answer,) = await round_.answers(call("t", fruit={"name": "apple"}))
     assert "the tool 't' failed: KeyError: 'apple'" in answer
     assert isinstance(round_.told[0].error, ToolExecutionError)
