@@ -126,15 +126,18 @@ impl Reader<'_> {
     }
 
     fn times(&mut self) -> Option<()> {
-        let text: String = self.rest.by_ref().take_while(|c| *c != '}').collect();
-        let mut numbers = text.splitn(2, ',').map(|number| number.parse::<u32>());
-        let low = numbers.next()?.ok()?;
-        let high = match text.split_once(',') {
-            None => Some(low),
-            Some((_, "")) => None,
-            Some((_, high)) => Some(high.parse().ok()?),
-        };
-        if !self.may_repeat || high.is_some_and(|high| high < low.max(1)) || high.unwrap_or(low) > MAX_TIMES {
+        let mut text = String::new();
+        loop {
+            match self.rest.next()? {
+                '}' => break,
+                c if c.is_ascii_digit() || c == ',' => text.push(c),
+                _ => return None,
+            }
+        }
+        let (low, high) = text.split_once(',').unwrap_or((&text, &text));
+        let low: u32 = low.parse().ok()?;
+        let high = if high.is_empty() { low.max(1) } else { high.parse().ok()? };
+        if !self.may_repeat || high < low.max(1) || high > MAX_TIMES {
             return None;
         }
         self.put(&format!("{{{text}}}"), false);
