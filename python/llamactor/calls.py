@@ -13,7 +13,7 @@ from llamactor import _checks as check
 _JSON_INTEGERS = range(-(2**63), 2**64)
 
 
-class ToolCall(msgspec.Struct, frozen=True):
+class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
     """A call of a tool that a model asked for."""
 
     id: str | None
@@ -22,22 +22,27 @@ class ToolCall(msgspec.Struct, frozen=True):
     """Name of the tool."""
     arguments: dict[str, Any] = {}
     """Arguments by name: values that JSON can say."""
+    problem: str | None = None
+    """What is wrong with the arguments that the model wrote, where they cannot be read; `arguments`
+    is {} then. Such a call should be answered with this instead of being carried out."""
 
     def __post_init__(self) -> None:
         """Check the types; the arguments become a copy of their own."""
         if self.id is not None:
             check.check_text("id", self.id)
         check.check_text("name", self.name, empty=False)
+        if self.problem is not None:
+            check.check_text("problem", self.problem)
         arguments = json_object("arguments", self.arguments)
         msgspec.structs.force_setattr(self, "arguments", arguments)
 
 
-def read_call(ident: str, name: str, arguments: str) -> tuple[ToolCall, str | None]:
-    """Return a call as a model made it, and what is wrong with its arguments."""
+def read_call(ident: str, name: str, arguments: str) -> ToolCall:
+    """Return a call as a model made it; it says itself if its arguments cannot be read."""
     try:
-        return ToolCall(ident, name, json_object("arguments", arguments)), None
+        return ToolCall(ident, name, json_object("arguments", arguments))
     except (TypeError, ValueError) as error:
-        return ToolCall(ident, name), str(error)
+        return ToolCall(ident, name, problem=str(error))
 
 
 def json_object(name: str, value: object) -> dict[str, Any]:

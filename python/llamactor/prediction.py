@@ -17,6 +17,7 @@ import contextlib
 import functools
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
@@ -179,9 +180,19 @@ class PredictionResult(msgspec.Struct, frozen=True):
 
     @property
     def pending_calls(self) -> tuple[ToolCall, ...]:
-        """The calls that nobody has answered, because their tools have no handler."""
-        answered = {getattr(message, "tool_call_id", None) for message in self.messages}
-        return tuple(call for call in self.tool_calls if call.id not in answered)
+        """The calls that nobody has answered: of tools without a handler, or cut off by the end."""
+        answers = Counter(
+            (getattr(message, "tool_call_id", None), getattr(message, "name", None))
+            for message in self.messages
+        )
+        pending = []
+        for call in self.tool_calls:
+            # Models may use an id again in a later round, so each answer is for one call.
+            key = call.id, call.name
+            answers[key] -= 1
+            if answers[key] < 0:
+                pending.append(call)
+        return tuple(pending)
 
     def __str__(self) -> str:
         """Return the content."""
@@ -408,13 +419,23 @@ class _State:
             self.error = outcome.pop("error") or self.failure
             parsed = None if self.error is not None else self._parsed(outcome)
             result = result_of(outcome, self.error, parsed)
-            self.result = result if self.on_result is None else self.on_result(result)
+            self.result = self._completed(result)
             self.owner = self.on_result = self.on_round = None
             self.end_lease()
             if self.error is not None:
                 _attach_partial(self.error, self.result)
             self._tell_settled(self.result)
         return self.result
+
+    def _completed(self, result: PredictionResult) -> PredictionResult:
+        """Return the result with what its driver adds; one that fails must not hide the end."""
+        if self.on_result is None:
+            return result
+        try:
+            return self.on_result(result)
+        except Exception as error:
+            self.error = self.error or error
+            return msgspec.structs.replace(result, stop_reason=None, parsed=None)
 
     def _parsed(self, outcome: dict[str, Any]) -> Any:
         """Return the value of the content, if it has to be one; note why it is none."""
@@ -947,7 +968,7 @@ def result_of(
         reasoning=outcome["reasoning"],
         segments=tuple(Segment("reasoning", *segment) for segment in outcome["segments"]),
         content_start=outcome["content_start"],
-        tool_calls=tuple(read_call(*call)[0] for call in outcome["tool_calls"]),
+        tool_calls=tuple(read_call(*call) for call in outcome["tool_calls"]),
         parsed=parsed,
         completed=outcome["completed"],
     )
@@ -995,7 +1016,7 @@ def _call_event(
         case "call_delta", (arguments,):
             return ToolCallDelta(index, arguments)
         case "call_end", (arguments,):
-            return ToolCallEnd(read_call(*calls[index], arguments)[0])
+            return ToolCallEnd(read_call(*calls[index], arguments))
     raise AssertionError(f"unknown event {kind!r}")
 
 

@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 pub use own::{Rewriting, Rewritten, rewrite};
 
 use super::formats::{self, Source};
+use crate::error::{Error, Result};
 use crate::llama::{CallSyntax, ChatFormat, FormatRequest};
 
 /// What may be called.
@@ -106,38 +107,52 @@ impl Wanted<'_> {
 /// How calls look in answers of a template, as llama.cpp knows it; `None` where it does not.
 #[must_use]
 pub fn of_template(source: &Source, wanted: &Wanted<'_>) -> Option<CallFormat> {
-    let free = formats::describe(source, &wanted.request(ToolChoice::Auto))?;
+    let free = formats::describe(source, &wanted.request(ToolChoice::Auto)).ok()?;
     let reader = syntax::reader(&free)?;
-    let constraint = constraint(source, wanted, &free, &reader);
+    let constraint = constraint(source, wanted, &free, &reader).ok()?;
     let shows_tools = wanted.names().all(|name| free.prompt.contains(name));
     Some(CallFormat { name: free.format.clone(), described: false, reader, constraint, shows_tools })
 }
 
 /// Our own format, for templates that have none.
-#[must_use]
-pub fn described(wanted: &Wanted<'_>) -> Option<CallFormat> {
+///
+/// # Errors
+/// `Grammar` with llama.cpp's reason where it can make no grammar of the tools: the format itself knows any.
+pub fn described(wanted: &Wanted<'_>) -> Result<CallFormat> {
     let source = Source { template: own::TEMPLATE.into(), bos: String::new(), eos: String::new() };
     let wanted = Wanted { kwargs: &Map::new(), ..*wanted };
-    let found = of_template(&source, &wanted)?;
-    Some(CallFormat { name: "hermes".into(), described: true, ..found })
+    let found = of_template(&source, &wanted).ok_or_else(|| refusal(&source, &wanted))?;
+    Ok(CallFormat { name: "hermes".into(), described: true, ..found })
+}
+
+/// Why llama.cpp makes nothing of the tools.
+fn refusal(source: &Source, wanted: &Wanted<'_>) -> Error {
+    let choices = [ToolChoice::Auto, ToolChoice::Required].into_iter();
+    let reason = choices.map(|choice| formats::describe(source, &wanted.request(choice))).find_map(Result::err);
+    let reason = reason.unwrap_or_else(|| "their calls cannot be read".into());
+    Error::Grammar(format!("no grammar can be made of the tools: {reason}"))
 }
 
 /// What the answer must obey: a call, or free text in which calls obey.
-fn constraint(source: &Source, wanted: &Wanted<'_>, free: &ChatFormat, reader: &CallSpec) -> Value {
+fn constraint(
+    source: &Source,
+    wanted: &Wanted<'_>,
+    free: &ChatFormat,
+    reader: &CallSpec,
+) -> std::result::Result<Value, String> {
     let grammar = |format: &ChatFormat| {
         let text = grammar::of_calls(format, free, wanted.parallel, reader.reasoning_end.is_some())?;
         Some(json!({"kind": "gbnf", "text": text, "root": "root", "preserved": reader.preserved}))
     };
-    let required =
-        || formats::describe(source, &wanted.request(ToolChoice::Required)).and_then(|format| grammar(&format));
+    let required = || formats::describe(source, &wanted.request(ToolChoice::Required)).map(|format| grammar(&format));
     let found = match wanted.choice {
         ToolChoice::None => None,
-        ToolChoice::Required => required(),
+        ToolChoice::Required => required()?,
         ToolChoice::Auto if free.grammar_lazy => grammar(free).map(|of| lazy(of, json!(free.triggers))),
         // Without a trigger of its own a call is known by its first key.
-        ToolChoice::Auto => required().map(|of| lazy(of, json!([grammar::first_key()]))),
+        ToolChoice::Auto => required()?.map(|of| lazy(of, json!([grammar::first_key()]))),
     };
-    found.unwrap_or_default()
+    Ok(found.unwrap_or_default())
 }
 
 fn lazy(of: Value, triggers: Value) -> Value {

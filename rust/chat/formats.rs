@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde_json::{Map, Value, json};
 
+use super::parameters;
 use crate::error::{Error, Result};
 use crate::llama::{ChatFormat, ChatFormats, FormatRequest};
 
@@ -26,27 +27,34 @@ pub struct Source {
 struct Entry {
     source: Source,
     formats: Result<Arc<ChatFormats>, String>,
-    asked: VecDeque<(String, Option<Arc<ChatFormat>>)>,
+    asked: VecDeque<(String, Answer)>,
 }
+
+/// What llama.cpp says of a template, or why it does not.
+type Answer = Result<Arc<ChatFormat>, String>;
 
 static KEPT: Mutex<VecDeque<Entry>> = Mutex::new(VecDeque::new());
 
-/// What llama.cpp makes of a conversation. Only for a template that was rendered within bounds: here are none.
+/// What llama.cpp makes of a conversation. Only for a template that was rendered within bounds: here are none, but for
+/// the parameters of tools.
 ///
 /// # Errors
-/// `ChatTemplate` with llama.cpp's reason.
+/// `ChatTemplate` with llama.cpp's reason; `Grammar` for parameters that cannot be read.
 pub fn apply(source: &Source, request: &FormatRequest) -> Result<ChatFormat> {
-    formats_of(source).map_err(Error::ChatTemplate)?.apply(request)
+    let request = FormatRequest { tools: parameters::readable(&request.tools)?, ..request.clone() };
+    formats_of(source).map_err(Error::ChatTemplate)?.apply(&request)
 }
 
-/// How an answer looks, whatever was said before: what [`apply`] says of [`one_question`], if it can.
-#[must_use]
-pub fn describe(source: &Source, request: &FormatRequest) -> Option<Arc<ChatFormat>> {
+/// How an answer looks, whatever was said before: what [`apply`] says of [`one_question`].
+///
+/// # Errors
+/// As text, what [`apply`] says.
+pub fn describe(source: &Source, request: &FormatRequest) -> Answer {
     let question = json!(request).to_string();
     if let Some(known) = with_entry(source, |entry| find(&entry.asked, &question)).flatten() {
         return known;
     }
-    let format = apply(source, request).ok().map(Arc::new);
+    let format = apply(source, request).map(Arc::new).map_err(|error| error.to_string());
     with_entry(source, |entry| {
         entry.asked.push_front((question, format.clone()));
         entry.asked.truncate(MAX_KEPT);
@@ -60,7 +68,7 @@ pub fn is_known(source: &Source) -> bool {
     with_entry(source, |_| ()).is_some()
 }
 
-fn find(asked: &VecDeque<(String, Option<Arc<ChatFormat>>)>, question: &str) -> Option<Option<Arc<ChatFormat>>> {
+fn find(asked: &VecDeque<(String, Answer)>, question: &str) -> Option<Answer> {
     asked.iter().find(|(known, _)| known == question).map(|(_, format)| format.clone())
 }
 

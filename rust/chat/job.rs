@@ -70,7 +70,7 @@ impl<'a> Job<'a> {
             return (None, template::FALLBACK_STOPS.map(str::to_owned).into());
         }
         let question = formats::one_question(&self.request.tools, &self.request.kwargs);
-        let describe = || formats::describe(&self.source, &question);
+        let describe = || formats::describe(&self.source, &question).ok();
         let format = self.is_tame().then(describe).flatten();
         let tags = reasoning::find(self.model, &self.source.template, format.as_deref(), header);
         (tags, format.map(|format| format.stops.clone()).unwrap_or_default())

@@ -6,6 +6,7 @@ pub mod formats;
 mod job;
 mod json;
 mod methods;
+mod parameters;
 mod prompt;
 mod reasoning;
 mod spans;
@@ -103,13 +104,15 @@ pub struct Rendered {
 /// Renders messages and tokenises the prompt. Blocks for as long as the template runs.
 ///
 /// # Errors
-/// `ChatTemplate` when the template fails, refuses the messages or leaves one out; `Value` for bad tokens.
+/// `ChatTemplate` when the template fails, refuses the messages or leaves one out; `Value` for bad tokens; `Grammar` for
+/// tools whose parameters no grammar can be made of.
 pub fn render(model: &Model, request: &Request) -> Result<Outcome> {
     let Some(choice) = request.tool_choice.filter(|_| has_tools(request)) else { return render_plain(model, request) };
     let job = Job::new(model, request);
     let probe = [probe()];
     let tools = if request.tools.is_empty() { &probe[..] } else { &request.tools };
     let wanted = Wanted { tools, kwargs: &request.kwargs, choice, parallel: request.parallel_tools };
+    parameters::readable(tools)?;
     let native = job.call_format(&wanted);
     let outcome = match &native {
         Some(CallFormat { shows_tools: true, .. }) => render_plain(model, request)?,
@@ -117,7 +120,7 @@ pub fn render(model: &Model, request: &Request) -> Result<Outcome> {
         None => render_described(model, request, true)?,
     };
     let may_call = choice != ToolChoice::None && !request.tools.is_empty();
-    let calls = if may_call { native.or_else(|| calls::described(&wanted)) } else { None };
+    let calls = may_call.then(|| native.map_or_else(|| calls::described(&wanted), Ok)).transpose()?;
     Ok(outcome.with_calls(calls))
 }
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
 from llamactor import (
@@ -378,6 +379,23 @@ async def test_a_driver_may_fail_between_rounds(driver: Driver) -> None:
     assert failed.value.partial.content == first.content  # type: ignore[attr-defined]
 
 
+async def test_a_driver_that_cannot_complete_the_result_keeps_nobody_waiting(
+    driver: Driver,
+) -> None:
+    def fails(result: PredictionResult) -> PredictionResult:
+        raise KeyError("messages")
+
+    driver.deferred.on_result(fails)
+    driver.begin(max_tokens=3)
+    last = await driver.ended(1)
+    driver.deferred.conclude()
+    with pytest.raises(KeyError, match="messages") as failed:
+        await soon(driver.prediction)
+    partial = failed.value.partial  # type: ignore[attr-defined]
+    assert (partial.content, partial.stop_reason) == (last.content, None)
+    assert driver.settled == [partial]
+
+
 async def test_closing_the_context_between_rounds_refuses_the_next(tiny_model: Model) -> None:
     driver = Driver(tiny_model)
     driver.begin(max_tokens=3)
@@ -476,3 +494,20 @@ def test_results_are_followed_by_an_answer_unless_the_program_is_to_answer() -> 
     assert state.said(None, "cancelled")[-1] == AssistantMessage()
     assert state.said(None, "max_tokens")[-1] == AssistantMessage()
     assert state.said(None, "tool_calls")[-1] == ANSWERED
+
+
+def test_an_id_that_a_model_uses_again_is_another_call() -> None:
+    told, asked = ToolCall("0", "told"), ToolCall("0", "asked")
+    first = AssistantMessage("", tool_calls=(told,))
+    for calls, pending in (
+        ((told, asked), (asked,)),
+        ((told, told), (told,)),
+        ((told, asked, asked), (asked, asked)),
+    ):
+        messages = (
+            first,
+            ToolMessage("5", "0", "told"),
+            AssistantMessage("", tool_calls=calls[1:]),
+        )
+        ended = msgspec.structs.replace(result(3), tool_calls=calls, messages=messages)
+        assert ended.pending_calls == pending

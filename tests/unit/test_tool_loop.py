@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,7 @@ from llamactor import (
     DeadlineExceededError,
     Event,
     Finished,
+    GrammarError,
     Model,
     Prediction,
     RoundEnd,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from llamactor import Message, PredictionResult
+    from llamactor.chat.tools import ToolLike
     from tests.conftest import Gate
 
 QUESTION = "Is an apple more expensive than a banana?"
@@ -369,6 +372,22 @@ async def test_calls_without_a_handler_are_returned(tinychat: Model) -> None:
     assert again.stats.cached_tokens > len(result.tokens)
 
 
+async def test_a_returned_call_whose_arguments_cannot_be_read_says_so(tinychat: Model) -> None:
+    transfer = {
+        "name": "transfer",
+        "parameters": {"type": "object", "properties": {"amount": {"type": "number"}}},
+    }
+    written = '<tool_call>\n{"name": "transfer", "arguments": {"amount": 1e999}}\n</tool_call>'
+    prediction = tinychat.respond("?", tools=[transfer], logits_processor=Says(tinychat, written))
+    ends = [one.call for one in await soon(all_of(prediction)) if isinstance(one, ToolCallEnd)]
+    result = await soon(prediction)
+    (call,) = result.tool_calls
+    assert ends == [call]
+    assert (call.name, call.arguments) == ("transfer", {})
+    assert "1e999" in str(call.problem)
+    assert result.pending_calls == (call,)
+
+
 async def test_a_session_goes_on_when_the_program_has_answered(session: ChatSession) -> None:
     result = await soon(session.prompt(QUESTION, tools=[BARE]))
     assert result.stop_reason == "tool_calls"
@@ -513,6 +532,28 @@ async def test_a_deadline_counts_the_time_of_tools(session: ChatSession) -> None
     assert session.history == ()
 
 
+async def test_a_deadline_does_not_wait_for_handlers_to_clean_up(session: ChatSession) -> None:
+    may_end, ended = asyncio.Event(), asyncio.Event()
+
+    async def lingers(name: str) -> str:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await may_end.wait()
+            ended.set()
+        return name
+
+    with pytest.raises(DeadlineExceededError, match="while tools were carried out"):
+        await soon(session.prompt(ONE, tools=[priced(lingers)], deadline=1.0))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not ended.is_set()
+    assert "llamactor-chat" in tasks()  # the next turn waits until they have ended
+    may_end.set()
+    await soon(ended.wait())
+    assert (await soon(session.prompt("Hello!"))).content
+
+
 # --- together with schemas ------------------------------------------------------------------------
 
 
@@ -574,9 +615,79 @@ async def test_what_is_called_obeys_the_parameters(session: ChatSession) -> None
         return "$6"
 
     result = await soon(session.prompt(QUESTION, tools=[get_fruit_price], max_rounds=2))
+    assert result.tool_calls
     for call in result.tool_calls:
         assert call.arguments["name"] in {"pear", "plum"}
         assert call.arguments["day"] == "Monday"
+
+
+def of_parameter(schema: Any, **definitions: Any) -> dict[str, Any]:
+    """A definition of a tool with one parameter."""
+    parameters = {"type": "object", "properties": {"x": schema}, "$defs": definitions}
+    return {"name": "move", "description": "Move there.", "parameters": parameters}
+
+
+@pytest.mark.parametrize(
+    ("definition", "reason"),
+    [
+        (of_parameter({"allOf": [{"$ref": "#/$defs/a"}]}, a={"$ref": "#/$defs/a"}), "leads back"),
+        (of_parameter({"$ref": "#/$defs/a"}, a={"anyOf": [{"$ref": "#/$defs/a"}]}), "leads back"),
+        (of_parameter({"$ref": "elsewhere.json"}), "leads nowhere"),
+        (of_parameter({"type": "any"}), 'type cannot be "any"'),
+        (
+            {"name": "move", "parameters": {"properties": {f"p{i}": {} for i in range(10_000)}}},
+            "10000 properties at # are too many",
+        ),
+    ],
+    ids=["itself", "alternatives", "elsewhere", "type", "many"],
+)
+@pytest.mark.parametrize("choice", ["auto", "required", "none"])
+async def test_parameters_without_a_grammar_fail_the_prediction_and_name_the_tool(
+    session: ChatSession, definition: dict[str, Any], reason: str, choice: str
+) -> None:
+    tools: list[ToolLike] = [get_fruit_price, definition]
+    with pytest.raises(GrammarError, match=f'the tool "move": .*{reason}'):
+        await soon(session.prompt(QUESTION, tools=tools, tool_choice=choice))
+    assert (await soon(session.prompt(QUESTION, tools=[get_fruit_price]))).content == ANSWER
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        of_parameter({"type": "string", "pattern": "[a-z]+"}),
+        of_parameter({"type": "string", "pattern": "^a)$"}),
+        of_parameter({"type": "string", "pattern": r"^\s$", "minLength": 1.0}),
+        of_parameter({"type": "array", "prefixItems": [{"type": "number"}], "items": False}),
+        of_parameter({"$ref": "#"}),
+        of_parameter({"$ref": "#/$defs/a~1b"}, **{"a/b": {"type": ["object", "object"]}}),
+        of_parameter(schema=True),
+        {"name": "move", "description": None, "parameters": None},
+    ],
+)
+@pytest.mark.parametrize("choice", ["auto", "required"])
+async def test_tools_are_called_whatever_the_parameters_of_others_say(
+    tinychat: Model, capfd: pytest.CaptureFixture[str], definition: dict[str, Any], choice: str
+) -> None:
+    result = await soon(tinychat.act(QUESTION, [get_fruit_price, definition], tool_choice=choice))
+    assert asked(result) == BOTH
+    assert result.content == ANSWER
+    assert capfd.readouterr() == ("", "")
+
+
+async def test_a_tuple_is_called_with_as_many_values(tinychat: Model) -> None:
+    moved: list[tuple[float, float]] = []
+
+    @llamactor.tool
+    def move(to: tuple[float, float]) -> str:
+        """Move there."""
+        moved.append(to)
+        return "moved"
+
+    prediction = tinychat.act("Hello!", [move], tool_choice="required", max_rounds=2, seed=1)
+    result = await soon(prediction)
+    assert [call.name for call in result.tool_calls] == ["move"] * len(moved)
+    assert moved
+    assert all(len(place) == 2 for place in moved)
 
 
 # --- cancelling -----------------------------------------------------------------------------------
@@ -702,6 +813,45 @@ async def test_closing_the_session_ends_handlers(session: ChatSession) -> None:
     with pytest.raises(ClosedError):
         await soon(prediction)
     assert session.history == ()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tools": [BARE]},
+        {"tools": [Tool(**BARE, handler=len)]},
+        {"trim_trailing_whitespace": True},
+    ],
+    ids=["bare", "handler", "trimmed"],
+)
+@pytest.mark.parametrize("cancels", [False, True])
+async def test_closing_the_model_ends_an_answer_and_its_session(
+    tinychat: Model, session: ChatSession, gate: Gate, options: dict[str, Any], cancels: bool
+) -> None:
+    says = Says(tinychat, ANSWER)
+
+    def slowly(tokens: list[int], logits: memoryview[float]) -> None:
+        gate(tokens, logits)
+        says(tokens, logits)
+
+    gate.allow(5)
+    prediction = session.prompt("?", logits_processor=slowly, **options)
+    for _ in range(6):
+        await gate.reached()
+    if cancels:
+        prediction.cancel()
+    waiter = asyncio.create_task(prediction.result())
+    closing = asyncio.create_task(tinychat.aclose())
+    await until(lambda: tinychat.closed)
+    gate.open()
+    if not cancels:
+        with pytest.raises(ClosedError):
+            await soon(waiter)
+    else:
+        with contextlib.suppress(ClosedError):  # whichever comes first
+            assert (await soon(waiter)).stop_reason == "cancelled"
+    await soon(asyncio.gather(closing, session.aclose()))
+    await until(lambda: tasks() == set())
 
 
 async def test_prompts_wait_for_the_tools_of_those_before_them(session: ChatSession) -> None:

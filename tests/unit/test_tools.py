@@ -17,7 +17,17 @@ import pydantic
 import pytest
 
 import llamactor
-from llamactor import Tool, ToolCall, ToolCallError, ToolExecutionError, ToolMessage, ToolResult
+from llamactor import (
+    AssistantMessage,
+    Tool,
+    ToolCall,
+    ToolCallError,
+    ToolExecutionError,
+    ToolMessage,
+    ToolResult,
+    dump_history,
+    load_history,
+)
 from llamactor.calls import read_call
 from llamactor.chat.tools import Toolbox, ToolCalls, ToolUse, check_tool_use, to_toolbox
 from tests.contexts import soon, until
@@ -47,6 +57,16 @@ class Place:
 
     city: str
     zip: int | None = None
+
+
+@dataclasses.dataclass
+class Picky:
+    """A type with code of its own."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        raise KeyError(self.name)
 
 
 @llamactor.tool
@@ -300,7 +320,14 @@ async def test_a_pydantic_model_becomes_json() -> None:
     assert await Round(tool).answers(call("t")) == ['{"best": {"name": "apple"}}']
 
 
-@pytest.mark.parametrize("result", [object(), {"lock": threading.Lock()}, "\ud800"])
+TOO_LONG = "a" * (16 << 20) + "b"
+
+
+@pytest.mark.parametrize(
+    "result",
+    [object(), {"lock": threading.Lock()}, "\ud800", TOO_LONG, [TOO_LONG]],
+    ids=["object", "lock", "surrogate", "long", "long list"],
+)
 async def test_a_result_that_cannot_be_said_is_a_failure(result: object) -> None:
     round_ = Round(Tool("t", handler=lambda: result))
     (told,) = await round_.answers(call("t"))
@@ -363,10 +390,29 @@ async def test_a_wrong_call_is_told_to_the_model(wrong: ToolCall, reason: str) -
 
 async def test_arguments_that_are_none_are_told_to_the_model() -> None:
     for arguments in ("[1]", "{", '{"name": 1e999}'):
-        made, problem = read_call("1", "price", arguments)
-        round_ = Round(price)
-        round_.calls.add(made, problem)
-        assert "error" in json.loads((await round_.answers())[0])
+        for tool in (price, {"name": "price"}):
+            made = read_call("1", "price", arguments)
+            assert json.loads((await Round(tool).answers(made))[0]) == {"error": made.problem}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ("[1]", "must be a dict"),
+        ("{", "is no JSON"),
+        ('{"amount": 1e999}', "1e999"),
+        ('{"amount": 100000000000000000000000}', "100000000000000000000000"),
+    ],
+)
+def test_a_call_whose_arguments_cannot_be_read_says_so(arguments: str, problem: str) -> None:
+    made = read_call("1", "transfer", arguments)
+    assert made.arguments == {}
+    assert problem in str(made.problem)
+    assert made != ToolCall("1", "transfer")
+    (again,) = load_history(dump_history([AssistantMessage("", tool_calls=(made,))]))
+    assert isinstance(again, AssistantMessage)
+    assert again.tool_calls == (made,)
+    assert read_call("1", "transfer", '{"amount": 1}').problem is None
 
 
 async def test_a_bare_definition_s_arguments_are_checked_too() -> None:
@@ -389,6 +435,48 @@ async def test_a_failure_is_told_to_the_model() -> None:
     assert isinstance(error, ToolExecutionError)
     assert isinstance(error.__cause__, KeyError)
     assert error.call.name == "fails"
+
+
+class WordlessError(Exception):
+    """One that cannot say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("no file caf\udce9.txt"), "ValueError: no file caf?.txt"),
+        (WordlessError(), "WordlessError"),
+        (ValueError("a" * 100_000), "ValueError: aaa"),
+    ],
+    ids=["surrogate", "wordless", "long"],
+)
+async def test_every_failure_can_be_told_to_the_model(error: Exception, told: str) -> None:
+    def raises(*args: object) -> None:
+        raise error
+
+    round_ = Round(Tool("t", handler=raises))
+    (answer,) = await round_.answers(call("t"))
+    assert json.loads(answer)["error"].startswith(f"the tool 't' failed: {told}")
+    guarded = Round(Tool("t", handler=raises), guard=raises)
+    (answer,) = await guarded.answers(call("t"))
+    assert json.loads(answer)["error"].startswith(f"the guard of 't' failed: {told}")
+    assert len(answer) < 20_000
+    for result in (*round_.told, *guarded.told):
+        assert isinstance(result.error, ToolExecutionError)
+        assert result.error.__cause__ is error
+
+
+async def test_code_of_a_parameter_s_type_may_fail_too() -> None:
+    async def handler(fruit: Picky) -> str:
+        return str(fruit)
+
+    round_ = Round(llamactor.tool(name="t")(handler))
+    (answer,) = await round_.answers(call("t", fruit={"name": "apple"}))
+    assert "the tool 't' failed: KeyError: 'apple'" in answer
+    assert isinstance(round_.told[0].error, ToolExecutionError)
 
 
 async def test_a_failure_ends_the_round_if_it_is_to() -> None:
@@ -646,6 +734,32 @@ async def test_a_verdict_that_is_none_is_the_program_s_failure(verdict: object) 
         (told,) = await round_.answers(call("price", name="apple"))
         assert "the guard of 'price' failed" in json.loads(told)["error"]
         assert isinstance(round_.told[0].error, ToolExecutionError)
+
+
+async def test_a_denial_may_quote_what_is_no_text() -> None:
+    round_ = Round(price, guard=lambda made: "not caf\udce9")
+    (told,) = await round_.answers(call("price", name="apple"))
+    assert json.loads(told)["error"] == "the call was denied: not caf?"
+
+
+async def test_a_guard_whose_question_was_cancelled_has_failed() -> None:
+    async def guard(made: ToolCall) -> bool:
+        question = asyncio.get_running_loop().create_future()
+        question.cancel()
+        answer: bool = await question
+        return answer
+
+    round_ = Round(price, guard=guard)
+    (told,) = await round_.answers(call("price", name="apple"))
+    assert "the guard of 'price' failed: what it waited for was cancelled" in told
+    assert isinstance(round_.told[0].error, ToolExecutionError)
+
+
+async def test_a_result_too_long_with_its_note_is_a_failure() -> None:
+    tool = Tool("t", "", NAMED, handler=lambda name: TOO_LONG[1:])
+    async with recorded({"name": "pear"}) as (_, guards):
+        (told,) = await Round(tool, guard=guards[0]).answers(call("t", name="apple"))
+        assert "the tool 't' failed" in told
 
 
 async def test_a_guard_that_fails_lets_nothing_through() -> None:

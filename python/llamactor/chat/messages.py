@@ -229,7 +229,12 @@ def _tool_call(index: int, call: object) -> ToolCall:
         raise TypeError(f'{name} needs the "name" of a tool, and "arguments" as a dict or JSON')
     try:
         arguments = function.get("arguments")
-        return ToolCall(call.get("id"), function["name"], {} if arguments is None else arguments)
+        return ToolCall(
+            call.get("id"),
+            function["name"],
+            {} if arguments is None else arguments,
+            call.get("problem"),
+        )
     except (TypeError, ValueError) as error:
         raise _named(name, error) from None
 

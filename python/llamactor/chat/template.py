@@ -113,6 +113,7 @@ async def render_chat(
     Raises:
         ChatTemplateError: the template fails, refuses the messages, or leaves one out.
         ClosedError: the model is closed.
+        GrammarError: with `tool_choice`, for parameters of a tool that no grammar can be made of.
         ValueError: `tool_choice` names no tool.
     """
     hub = hub_for(running_loop("render_chat"))
@@ -224,7 +225,8 @@ def check_tool_definitions(tools: object) -> list[dict[str, Any]]:
     """Return definitions of tools in the form that templates expect.
 
     Args:
-        tools: Each a dict with "name", "description" and "parameters", alone or as "function".
+        tools: Each a dict with "name", "description" and "parameters", alone or as "function";
+            what is None is left out.
 
     Raises:
         TypeError: one is no dict, or has no name.
@@ -238,9 +240,11 @@ def _definition(index: int, tool: object) -> dict[str, Any]:
     function = tool.get("function", tool)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise TypeError(f'tools[{index}] needs a "name", a str')
-    if "function" in tool:
-        return {"type": "function", **tool}
-    return {"type": "function", "function": {key: tool[key] for key in tool if key != "type"}}
+    said = {key: value for key, value in function.items() if value is not None}
+    if function is not tool:
+        return {"type": "function", **tool, "function": said}
+    said.pop("type", None)
+    return {"type": "function", "function": said}
 
 
 def _for_template(message: Message) -> dict[str, Any]:

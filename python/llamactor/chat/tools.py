@@ -54,6 +54,9 @@ OnToolError: TypeAlias = Literal["report", "raise"]
 CHOICES = ("auto", "none", "required")
 """Choices of tools that are no names."""
 
+_LONGEST_REASON = 10_000
+"""Characters of an error that a model is told."""
+
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -395,19 +398,14 @@ class ToolCalls:
         """Whether there is nothing for the program itself to answer."""
         return len(self._tasks) == len(self._calls)
 
-    def add(self, call: ToolCall, problem: str | None = None) -> None:
-        """Take a complete call and start it, unless its tool has no handler.
-
-        Args:
-            call: The call.
-            problem: What is wrong with it already.
-        """
+    def add(self, call: ToolCall) -> None:
+        """Take a complete call and start it, unless its tool has no handler."""
         self._calls.append(call)
         wanted = self._use.tools.get(call.name)
-        if problem is None and wanted is not None and wanted.handler is None:
+        if call.problem is None and wanted is not None and wanted.handler is None:
             return
         loop = asyncio.get_running_loop()
-        work = self._answered(call, problem)
+        work = self._answered(call)
         self._tasks.append(loop.create_task(work, name=f"llamactor-tool-{call.name}"))
 
     async def messages(self) -> tuple[ToolMessage, ...]:
@@ -435,9 +433,9 @@ class ToolCalls:
             if not task.cancelled():
                 task.exception()  # it was told when it came
 
-    async def _answered(self, call: ToolCall, problem: str | None) -> ToolMessage:
+    async def _answered(self, call: ToolCall) -> ToolMessage:
         try:
-            answer = await self._carry_out(call, problem)
+            answer = await self._carry_out(call)
         except ToolExecutionError as error:
             if self._use.on_error == "raise":
                 self._stop()
@@ -453,20 +451,19 @@ class ToolCalls:
             if task is not asyncio.current_task():
                 task.cancel()
 
-    async def _carry_out(self, call: ToolCall, problem: str | None) -> Answer:
+    async def _carry_out(self, call: ToolCall) -> Answer:
         """Check a call, have it guarded and run; in order if not in parallel."""
         if not self._use.parallel:
             async with self._turn:
-                return await self._guarded(call, problem)
-        return await self._guarded(call, problem)
+                return await self._guarded(call)
+        return await self._guarded(call)
 
-    async def _guarded(self, call: ToolCall, problem: str | None) -> Answer:
+    async def _guarded(self, call: ToolCall) -> Answer:
         wanted = self._use.tools.get(call.name)
         if wanted is None:
             known = ", ".join(self._use.tools.names)
             return _refused(call, f"there is no tool {call.name!r}; there are: {known}")
-        if problem is None:
-            problem = _problem(wanted, call)
+        problem = call.problem or _problem(wanted, call)
         if problem is not None:
             return _refused(call, problem)
         if self._use.guard is None:
@@ -485,13 +482,14 @@ class ToolCalls:
             case str():
                 return _refused(call, f"the call was denied: {verdict}")
         edited = _edited(wanted, call, verdict)
-        content = await _run(wanted, edited)
-        return Answer(f"(called with {_json(edited.arguments)} instead)\n{content}")
+        note = f"(called with {_json(edited.arguments)} instead)\n"
+        return Answer(await _run(wanted, edited, note))
 
 
 def _told(text: str) -> str:
-    """An error as a model is told it."""
-    return _json({"error": text})
+    """An error as a model is told it, also one that quotes what is no text."""
+    said = text[:_LONGEST_REASON].encode("utf-8", "replace").decode()
+    return _json({"error": said})
 
 
 def _refused(call: ToolCall, reason: str) -> Answer:
@@ -503,6 +501,8 @@ def _problem(wanted: Tool, call: ToolCall) -> str | None:
         wanted.arguments(call)
     except ValueError as error:
         return f"the arguments of {call.name!r} are wrong: {error}"
+    except Exception as error:  # code of the parameters' types
+        raise ToolExecutionError(f"the tool {call.name!r} failed: {_named(error)}", call) from error
     return None
 
 
@@ -516,16 +516,32 @@ def _edited(wanted: Tool, call: ToolCall, verdict: object) -> ToolCall:
     return edited
 
 
+_GIVEN_UP = "what it waited for was cancelled"
+
+
 async def _verdict(guard: Guard, call: ToolCall) -> Verdict:
+    cause: BaseException
     try:
         verdict: Verdict = await _called(guard, call)
+    except asyncio.CancelledError as error:
+        if _is_cancelled():
+            raise
+        reason, cause = _GIVEN_UP, error
     except Exception as error:
-        raise ToolExecutionError(f"the guard of {call.name!r} failed: {error}", call) from error
-    return verdict
+        reason, cause = _named(error), error
+    else:
+        return verdict
+    raise ToolExecutionError(f"the guard of {call.name!r} failed: {reason}", call) from cause
 
 
-async def _run(wanted: Tool, call: ToolCall) -> str:
-    """Run the handler of a call; return its result as text.
+def _is_cancelled() -> bool:
+    """Whether this task is cancelled, and not just what it waited for."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
+async def _run(wanted: Tool, call: ToolCall, note: str = "") -> str:
+    """Run the handler of a call; return its result as text, behind a note.
 
     Raises:
         ToolExecutionError: it failed, or took too long, or its result cannot be said.
@@ -535,12 +551,11 @@ async def _run(wanted: Tool, call: ToolCall) -> str:
     try:
         async with asyncio.timeout(wanted.timeout) as limit:
             result = await _called(handler, **wanted.arguments(call))
-        return _text(result)
+        return check.check_text("its result", note + _text(result))
     except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if _is_cancelled():
             raise
-        reason, cause = "what it waited for was cancelled", error
+        reason, cause = _GIVEN_UP, error
     except Exception as error:
         late = isinstance(error, TimeoutError) and limit.expired()
         reason = f"it took longer than {wanted.timeout} s" if late else _named(error)
@@ -549,13 +564,17 @@ async def _run(wanted: Tool, call: ToolCall) -> str:
 
 
 def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    """Kind and words of an error, which may have none."""
+    kind = type(error).__name__
+    try:
+        words = str(error)
+    except Exception:
+        return kind
+    return f"{kind}: {words}" if words else kind
 
 
 def _text(result: object) -> str:
-    if isinstance(result, str):
-        return check.check_text("its result", result)
-    return _json(result)
+    return result if isinstance(result, str) else _json(result)
 
 
 def _json(value: object) -> str:

@@ -40,7 +40,7 @@ from llamactor.chat.shift import (
 )
 from llamactor.chat.template import ReasoningTags, RenderedChat, render_chat
 from llamactor.chat.tools import ToolCalls, ToolUse
-from llamactor.errors import DeadlineExceededError
+from llamactor.errors import ClosedError, DeadlineExceededError
 from llamactor.options import GenerationOptions, ReasoningMarks, native_options
 from llamactor.prediction import (
     Deferred,
@@ -379,6 +379,10 @@ class Turn:
             if last is not None:
                 async with self._in_time():
                     await self._go_on(last, calls)
+        except Exception as error:
+            # At once, and its end cancels this: the next turn waits for the handlers, not this one.
+            self._fail(error)
+            await self._ended.wait()
         finally:
             await calls.aclose()
 
@@ -396,7 +400,7 @@ class Turn:
             news.clear()
             is_over = deferred.rounds > rounds.ended
             for call in deferred.calls(rounds.calls + len(calls.calls)):
-                calls.add(*read_call(*call))
+                calls.add(read_call(*call))
             if is_over and not deferred.done:
                 return deferred.last_round()
             await news.wait()
@@ -481,7 +485,9 @@ class Turn:
         if calls:
             # Where the template writes calls as the model has, the ids are found again.
             return AssistantMessage(result.content, result.reasoning, calls, tuple(tokens), start)
-        content = self._content_tokens(tokens[start:], result)
+        content = None
+        with contextlib.suppress(ClosedError):  # nobody needs the ids of a closed model
+            content = self._content_tokens(tokens[start:], result)
         if content is None:
             return AssistantMessage(result.content, result.reasoning)
         turn = (*tokens[:start], *content)
