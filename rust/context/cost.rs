@@ -19,7 +19,8 @@
 //! *Doubt.* Machines that are shared change their speed from one second to the next, and not by the same
 //! factor at every width. So when decoding begins anew, or a call of the width in use costs something
 //! else, the narrowest and the widest calls are tried again at once: one call each where all is as it
-//! was. The longer that changes nothing, the rarer it is.
+//! was. The longer that changes nothing, the rarer it is. A width that was left gets a second look after
+//! a few tokens: what spoke against it may have been a moment's disturbance.
 
 /// A narrower width must make the round shorter by this factor, and a wider one is taken when its
 /// round is at most longer by it than the best. So, trials aside, a round takes at most `1 + MARGIN`
@@ -49,6 +50,8 @@ const STALE: u64 = 64;
 const CERTAIN: std::ops::RangeInclusive<u64> = 64..=512;
 /// The same, where a changed cost is the reason.
 const LEAST_CERTAIN: u64 = 12;
+/// Tokens after which a width that was left is looked at again.
+const SECOND_LOOK: u64 = 8;
 /// How often the price of a trial doubles at most.
 const MOST_FAILS: u32 = 3;
 /// The price of a trial is at most so many rounds, before doubling.
@@ -80,6 +83,8 @@ pub struct CostModel {
     reference: (usize, f64),
     /// Calls recorded so far.
     now: u64,
+    /// Tokens of these calls.
+    served: u64,
     doubt: Doubt,
 }
 
@@ -91,6 +96,8 @@ struct Doubt {
     pause: u64,
     /// Whether another width was chosen since.
     was_right: bool,
+    /// The width that was left last, and after how many tokens it gets its second look.
+    left: Option<(usize, u64)>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -130,6 +137,7 @@ impl CostModel {
             quiet_until: 0,
             reference: (0, 0.0),
             now: 0,
+            served: 0,
             doubt: Doubt::default(),
         }
     }
@@ -142,8 +150,12 @@ impl CostModel {
             return;
         }
         self.now += 1;
+        self.served += width as u64;
         if previous == 0 && self.now - self.doubt.at >= self.doubt.pause {
             self.doubt();
+        }
+        if let Some((left, _)) = self.doubt.left.take_if(|(_, after)| *after <= self.served) {
+            self.widths[left].doubted = true;
         }
         let before = self.same(width);
         self.learn_change(previous, width, seconds);
@@ -269,8 +281,9 @@ impl CostModel {
             return;
         };
         // Back to a wider one only when it is no slower: the margin keeps the choice from flapping.
-        if width < chosen || round <= now {
-            self.doubt.was_right |= width != chosen;
+        if width != chosen && (width < chosen || round <= now) {
+            self.doubt.was_right = true;
+            self.doubt.left = Some((chosen, self.served + SECOND_LOOK));
             self.chosen[ready] = width;
         }
     }
@@ -381,9 +394,10 @@ impl CostModel {
 
     /// What is known may be of another time. The less often that is so, the less often it is asked.
     fn doubt(&mut self) {
-        let Doubt { pause, was_right, .. } = self.doubt;
-        let pause = if was_right { 0 } else { 2 * pause };
-        self.doubt = Doubt { at: self.now, pause: pause.clamp(*CERTAIN.start(), *CERTAIN.end()), was_right: false };
+        let pause = if self.doubt.was_right { 0 } else { 2 * self.doubt.pause };
+        self.doubt.pause = pause.clamp(*CERTAIN.start(), *CERTAIN.end());
+        self.doubt.was_right = false;
+        self.doubt.at = self.now;
         self.widths.iter_mut().for_each(|width| width.doubted = true);
     }
 

@@ -395,6 +395,7 @@ impl Decoder {
     }
 
     fn limits(&mut self) -> Limits {
+        self.learn(Instant::now());
         // Beside a prompt chunk another token costs next to nothing: the width is asked for only without one.
         let only_decoding = self.work.iter().all(|work| work.phase == Phase::Decode && !work.alone);
         let ready = if only_decoding { self.work.len() } else { 0 };
@@ -412,7 +413,6 @@ impl Decoder {
     fn decode(&mut self) {
         self.fill_batch();
         let started = Instant::now();
-        self.learn(started);
         let private = self.private.as_mut().filter(|private| private.slot == self.takes.first().map(|take| take.slot));
         let context = private.map_or(&mut self.context, |private| &mut private.context);
         let outcome = context.decode(&mut self.batch, &self.cancel);
@@ -454,7 +454,7 @@ impl Decoder {
         }
     }
 
-    /// Remembers what the last step cost, from its beginning to that of this one.
+    /// Remembers what the last step cost, from its beginning to that of this one; before the next width is chosen.
     fn learn(&mut self, now: Instant) {
         if let Some(Decoding { started, previous_width, width }) = self.step.take() {
             self.cost.record(previous_width, width, (now - started).as_secs_f64());
