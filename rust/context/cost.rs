@@ -19,7 +19,8 @@
 //! *Doubt.* Machines that are shared change their speed from one second to the next, and not by the same
 //! factor at every width. So when decoding begins anew, or a call of the width in use costs something
 //! else, the narrowest and the widest calls are tried again at once: one call each where all is as it
-//! was. The longer that changes nothing, the rarer it is. A width that was left gets a second look after
+//! was. The longer that changes nothing, the rarer it is; what it loses is taken off what was saved up for
+//! trials, but it does not wait for that. A width that was left gets a second look after
 //! a few tokens: what spoke against it may have been a moment's disturbance.
 
 /// A narrower width must make the round shorter by this factor, and a wider one is taken when its
@@ -324,7 +325,8 @@ impl CostModel {
         if self.chosen[ready] == trial.width {
             known.fails = 0;
         } else if trial.again {
-            self.credit -= lost;
+            // Doubts need no credit, but must not use up what the other widths' trials will be paid with.
+            self.credit = (self.credit - lost).max(self.credit.min(0.0));
         } else if trial.price > 0.0 {
             known.fails = (known.fails + 1).min(MOST_FAILS);
             self.credit -= trial.price.max(lost);
@@ -773,6 +775,19 @@ mod tests {
                 assert!(ratios[ratios.len() / 10] >= 0.95, "{name}, {n_streams}: {ratios:.3?}");
             }
         }
+    }
+
+    /// Widths between the extremes are only tried with what was saved up.
+    #[test]
+    fn after_many_doubts_all_widths_are_still_tried() {
+        let middling = |width: usize| [0.0, 0.010, 0.018, 0.026, 0.020, 0.040, 0.050, 0.060, 0.070][width];
+        let mut model = CostModel::new(8);
+        for request in 0..4000 {
+            let cost = if scramble(request).is_multiple_of(2) { undisturbed } else { crowded };
+            Machine::new(cost, 0.0006, quiet).learn(&mut model, 8, 8);
+        }
+        Machine::new(middling, 0.0006, quiet).learn(&mut model, 8, 500);
+        assert_eq!(model.chosen[8], 4);
     }
 
     #[test]
