@@ -18,9 +18,10 @@
 //!
 //! *Doubt.* Machines that are shared change their speed from one second to the next, and not by the same
 //! factor at every width. So when decoding begins anew, or a call of the width in use costs something
-//! else, the narrowest and the widest calls are tried again at once: one call each where all is as it
-//! was. The longer that changes nothing, the rarer it is; what it loses is taken off what was saved up for
-//! trials, but it does not wait for that. A width that was left gets a second look after
+//! else, the narrowest and the widest calls are tried again as soon as a few calls of the width in use
+//! are there to compare them with: one call each where all is as it was. The longer that leaves the
+//! widths as they were, the rarer it is; what it loses is taken off what was saved up for trials, but it
+//! does not wait for that. A width that was left gets a second look after
 //! a few tokens: what spoke against it may have been a moment's disturbance.
 
 /// A narrower width must make the round shorter by this factor, and a wider one is taken when its
@@ -45,12 +46,18 @@ const TRIAL_CALLS: u32 = 2;
 const TRIAL_ASKS: u32 = 8;
 /// Recorded calls between two trials that are not the first of their width.
 const PAUSE: u64 = 32;
+/// Recorded calls that are lately.
+const LATELY: u64 = 16;
 /// A width not used for so many recorded calls is learnt anew.
 const STALE: u64 = 64;
-/// Recorded calls between two doubts when decoding begins anew, at least and at most.
-const CERTAIN: std::ops::RangeInclusive<u64> = 64..=512;
+/// Recorded calls between two doubts when decoding begins anew, doubled with every second vain doubt.
+const CERTAIN: u64 = 64;
 /// The same, where a changed cost is the reason.
 const LEAST_CERTAIN: u64 = 12;
+/// Vain doubts in a row that count.
+const MOST_VAIN: u32 = 10;
+/// Calls of the width in use, after a doubt, before others are compared with it: fewer may have been disturbed.
+const SURE: usize = 4;
 /// Tokens after which a width that was left is looked at again.
 const SECOND_LOOK: u64 = 8;
 /// How often the price of a trial doubles at most.
@@ -87,18 +94,27 @@ pub struct CostModel {
     /// Tokens of these calls.
     served: u64,
     doubt: Doubt,
+    most: Most,
 }
 
 /// When what is known was last doubted.
 #[derive(Debug, Default)]
 struct Doubt {
     at: u64,
-    /// Calls until decoding that begins anew is reason for the next.
-    pause: u64,
-    /// Whether another width was chosen since.
-    was_right: bool,
+    /// Doubts in a row after which the widths in use were as before.
+    vain: u32,
+    /// The widths in use at that time.
+    chosen: Vec<usize>,
     /// The width that was left last, and after how many tokens it gets its second look.
     left: Option<(usize, u64)>,
+}
+
+/// The most streams that were ready lately.
+#[derive(Debug, Default)]
+struct Most {
+    latest: usize,
+    earlier: usize,
+    since: u64,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -140,6 +156,7 @@ impl CostModel {
             now: 0,
             served: 0,
             doubt: Doubt::default(),
+            most: Most::default(),
         }
     }
 
@@ -152,15 +169,19 @@ impl CostModel {
         }
         self.now += 1;
         self.served += width as u64;
-        if previous == 0 && self.now - self.doubt.at >= self.doubt.pause {
+        if previous == 0 && self.now - self.doubt.at >= self.doubt.pause() {
             self.doubt();
         }
         if let Some((left, _)) = self.doubt.left.take_if(|(_, after)| *after <= self.served) {
             self.widths[left].doubted = true;
         }
         let before = self.same(width);
-        self.learn_change(previous, width, seconds);
-        self.widths[width].record(previous == width, seconds, self.now);
+        self.widths[width].n_seen += 1;
+        // The first call after something else is unlike the others: it counts only where there are hardly any.
+        if previous > 0 || before.is_none() || self.now - self.widths[width].last > LATELY {
+            self.learn_change(previous, width, seconds);
+            self.widths[width].record(previous == width, seconds, self.now);
+        }
         self.credit += TRIAL_SHARE * self.guess(width).map_or(seconds, |usual| seconds.min(2.0 * usual));
         self.note_trial(previous, width);
         self.note_drift(width, before);
@@ -175,6 +196,7 @@ impl CostModel {
         if let Some(width) = self.go_on(ready) {
             return width;
         }
+        self.follow(ready);
         self.settle(ready);
         if let Some((width, price)) = self.next_trial(ready) {
             let again = self.widths[width].doubted;
@@ -263,6 +285,15 @@ impl CostModel {
         Some(self.round_at(ready, width, self.same(width)?))
     }
 
+    /// Fewer streams than a moment ago are served no wider than those were, where nothing recent says otherwise.
+    fn follow(&mut self, ready: usize) {
+        self.most.note(ready, self.now);
+        let known = &self.widths[self.chosen[ready]];
+        if self.most.is_more_than(ready) && self.now - known.last > STALE {
+            self.chosen[ready] = self.chosen[ready].min(self.chosen[self.most.ready()]);
+        }
+    }
+
     /// Makes the best known width the chosen one.
     fn settle(&mut self, ready: usize) {
         let chosen = self.chosen[ready];
@@ -283,7 +314,6 @@ impl CostModel {
         };
         // Back to a wider one only when it is no slower: the margin keeps the choice from flapping.
         if width != chosen && (width < chosen || round <= now) {
-            self.doubt.was_right = true;
             self.doubt.left = Some((chosen, self.served + SECOND_LOOK));
             self.chosen[ready] = width;
         }
@@ -295,7 +325,7 @@ impl CostModel {
     fn go_on(&mut self, ready: usize) -> Option<usize> {
         let mut trial = self.trial.take()?;
         trial.n_asks += 1;
-        let fits = trial.width <= ready;
+        let fits = candidates(ready).any(|width| width == trial.width);
         if trial.n_asks > TRIAL_ASKS || (fits && self.is_over(&trial, ready)) {
             self.finish(&trial, ready);
             return None;
@@ -337,7 +367,8 @@ impl CostModel {
     /// The next width to try and what it takes off the credit.
     fn next_trial(&mut self, ready: usize) -> Option<(usize, f64)> {
         let best = self.round(ready, self.chosen[ready])?;
-        if self.trial.is_some() {
+        // The last few tokens of replies that end together are no time to learn a width for fewer streams.
+        if self.trial.is_some() || self.most.is_more_than(ready) {
             return None;
         }
         let others = || candidates(ready).filter(|&width| width != self.chosen[ready]);
@@ -364,10 +395,10 @@ impl CostModel {
         }
     }
 
-    /// Is it to be compared again with the width in use, now that this one was seen again?
+    /// Is it to be compared again with the width in use, now that this one was seen often enough?
     fn is_doubtful(&self, ready: usize, width: usize) -> bool {
         let extreme = width == 1 || width == ready;
-        extreme && self.widths[width].doubted && !self.widths[self.chosen[ready]].doubted
+        extreme && self.widths[width].doubted && self.widths[self.chosen[ready]].is_sure()
     }
 
     /// What must be saved up before the width is tried again.
@@ -396,9 +427,9 @@ impl CostModel {
 
     /// What is known may be of another time. The less often that is so, the less often it is asked.
     fn doubt(&mut self) {
-        let pause = if self.doubt.was_right { 0 } else { 2 * self.doubt.pause };
-        self.doubt.pause = pause.clamp(*CERTAIN.start(), *CERTAIN.end());
-        self.doubt.was_right = false;
+        let vain = self.doubt.chosen == self.chosen;
+        self.doubt.vain = if vain { (self.doubt.vain + 1).min(MOST_VAIN) } else { 0 };
+        self.doubt.chosen.clone_from(&self.chosen);
         self.doubt.at = self.now;
         self.widths.iter_mut().for_each(|width| width.doubted = true);
     }
@@ -410,7 +441,6 @@ impl CostModel {
         let (at, reference) = self.reference;
         let in_use = at == width && (cost > reference * DRIFT || reference > cost * DRIFT);
         if in_use && self.now - self.doubt.at >= LEAST_CERTAIN {
-            self.doubt.was_right = true;
             self.doubt();
         }
         if in_use || before.is_some_and(|before| before > cost * DRIFT) {
@@ -422,7 +452,36 @@ impl CostModel {
     }
 }
 
+impl Doubt {
+    /// Calls until decoding that begins anew is reason for the next.
+    fn pause(&self) -> u64 {
+        CERTAIN << (self.vain / 2)
+    }
+}
+
+impl Most {
+    fn note(&mut self, ready: usize, now: u64) {
+        if now - self.since >= LATELY {
+            *self = Self { latest: ready, earlier: self.latest, since: now };
+        }
+        self.latest = self.latest.max(ready);
+    }
+
+    fn ready(&self) -> usize {
+        self.latest.max(self.earlier)
+    }
+
+    fn is_more_than(&self, ready: usize) -> bool {
+        self.ready() > ready
+    }
+}
+
 impl Width {
+    /// Seen often enough, since it was last doubted, to compare others with it?
+    fn is_sure(&self) -> bool {
+        !self.doubted && self.same.len + self.changed.len >= SURE
+    }
+
     fn record(&mut self, same: bool, seconds: f64, now: u64) {
         if now - self.last > STALE || self.doubted {
             self.same = Samples::default();
@@ -431,7 +490,6 @@ impl Width {
         }
         let samples = if same { &mut self.same } else { &mut self.changed };
         samples.push(seconds);
-        self.n_seen += 1;
         self.last = now;
     }
 }
@@ -774,6 +832,46 @@ mod tests {
                 assert!(mean >= 0.97, "{name}, {n_streams}: {mean:.3} of {ratios:.3?}");
                 assert!(ratios[ratios.len() / 10] >= 0.95, "{name}, {n_streams}: {ratios:.3?}");
             }
+        }
+    }
+
+    fn first_one_disturbed(call: u64) -> f64 {
+        if call == 1 { 3.0 } else { 1.0 }
+    }
+
+    #[test]
+    fn a_disturbed_first_call_widens_no_reply() {
+        let mut model = CostModel::new(8);
+        let mut calls_of = || {
+            let mut machine = Machine::new(undisturbed, 0.0006, first_one_disturbed);
+            machine.learn(&mut model, 4, 64);
+            machine.calls
+        };
+        let calls: Vec<u64> = (0..64).map(|_| calls_of()).collect();
+        assert!(calls.iter().skip(4).all(|&calls| calls >= 240), "alone it is 256 calls, together 64: {calls:?}");
+    }
+
+    #[test]
+    fn fewer_streams_are_served_as_narrowly_as_more_were() {
+        let mut model = CostModel::new(8);
+        for _ in 0..8 {
+            Machine::new(undisturbed, 0.0006, quiet).learn(&mut model, 4, 200);
+        }
+        assert_eq!([model.width(4), model.width(3), model.width(2)], [1, 1, 1]);
+    }
+
+    /// As beside prompts that come all the time: no call is like the one before.
+    #[test]
+    fn calls_that_all_follow_something_else_still_teach() {
+        for (cost, best) in [(default_kernels as Curve, 1), (other_kernels, 4)] {
+            let mut model = CostModel::new(4);
+            let mut served = [0; 5];
+            for call in 0..4000 {
+                let width = model.width(4);
+                model.record(0, width, cost(width) + 0.0004);
+                served[width] += if call < 400 { 0 } else { width };
+            }
+            assert!(served[best] * 10 >= served.iter().sum::<usize>() * 9, "{best} is best: {served:?}");
         }
     }
 
