@@ -316,18 +316,20 @@ async def sum_of(plan: Plan, pair: Pair, n: int) -> Row:
     tokens = plan.tokens(64)
     wide, alone = Timing([], []), Timing([], [])
 
-    def raw(ways: Sequence[Timing]) -> None:
-        for way in ways:
-            replies = [n] if way is wide else [1] * n
-            way.raw.append(sum(pair.raw.replies(streams, tokens) for streams in replies))
+    def singly(replies: int) -> float:
+        return sum(pair.raw.replies(1, tokens) for _ in range(replies))
 
-    for wide_first in plan.turns():
-        first, last = (wide, alone) if wide_first else (alone, wide)
-        raw([first])
+    for _ in plan.turns():
+        # The same moment is in the middle of all three, so that a machine that becomes slower or
+        # faster meanwhile favours none.
+        alone_raw = singly(n // 2)
         ours = await pair.replies(n, tokens)
-        raw([last])
-        wide.ours.append(ours)
-        alone.ours.append(ours)
+        wide_raw = pair.raw.replies(n, tokens)
+        ours += await pair.replies(n, tokens)
+        alone_raw += singly(n - n // 2)
+        for way, raw in ((wide, wide_raw), (alone, alone_raw)):
+            way.ours.append(ours / 2)
+            way.raw.append(raw)
     better = min((wide.warm(), alone.warm()), key=lambda timing: median(timing.ratios()))
     rates = [n * tokens / median(seconds[1:]) for seconds in (wide.ours, wide.raw, alone.raw)]
     detail = "{:.0f} and {:.0f} wide, {:.0f} alone, tokens/s".format(*rates)
