@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -337,7 +337,12 @@ async def sum_of(plan: Plan, pair: Pair, n: int) -> Row:
 
 
 async def overhead(plan: Plan) -> AsyncIterator[Row]:
-    """What a token costs beyond the bare loop, where the model itself costs next to nothing."""
+    """What a token costs beyond the bare loop, where the model itself costs next to nothing.
+
+    A round takes a tenth of a second, while a shared machine keeps its speed for seconds: so there
+    are ten times as many.
+    """
+    plan = replace(plan, rounds=plan.rounds if plan.quick else 10 * plan.rounds)
     async with opened(plan.program, plan.tiny) as pair:
         for n, bound in ((1, 25.0), (STREAMS, 12.0)):
             for row in await over_raw(plan, pair, n, bound):
