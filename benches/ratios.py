@@ -319,14 +319,15 @@ async def sum_of(plan: Plan, pair: Pair, n: int) -> Row:
     def singly(replies: int) -> float:
         return sum(pair.raw.replies(1, tokens) for _ in range(replies))
 
-    for _ in plan.turns():
+    for extra in plan.turns():
         # The same moment is in the middle of all three, so that a machine that becomes slower or
-        # faster meanwhile favours none.
-        alone_raw = singly(n // 2)
+        # faster meanwhile favours none; an odd reply is before or after it in turns.
+        n_before = (n + extra) // 2
+        alone_raw = singly(n_before)
         ours = await pair.replies(n, tokens)
         wide_raw = pair.raw.replies(n, tokens)
         ours += await pair.replies(n, tokens)
-        alone_raw += singly(n - n // 2)
+        alone_raw += singly(n - n_before)
         for way, raw in ((wide, wide_raw), (alone, alone_raw)):
             way.ours.append(ours / 2)
             way.raw.append(raw)

@@ -6,7 +6,8 @@
 //!
 //! *Knowledge.* Per width the last few calls after a call of the same width, and after one of another
 //! (which cannot reuse its graph), each summed up by a low median, so that calls disturbed by a
-//! neighbour hardly count and old ones fade.
+//! neighbour hardly count and old ones fade. The first call after anything else, such as a prompt, is
+//! unlike all others and counts only where there are hardly any.
 //!
 //! *Choice.* Of the widths 1, 2, 4, … and `ready` the one with the shortest round; a narrower one only
 //! if it is [`MARGIN`] faster, and widths are compared only by calls made at about the same time.
@@ -21,8 +22,8 @@
 //! else, the narrowest and the widest calls are tried again as soon as a few calls of the width in use
 //! are there to compare them with: one call each where all is as it was. The longer that leaves the
 //! widths as they were, the rarer it is; what it loses is taken off what was saved up for trials, but it
-//! does not wait for that. A width that was left gets a second look after
-//! a few tokens: what spoke against it may have been a moment's disturbance.
+//! does not wait for that. A width that was left gets a second look after a few tokens: what spoke
+//! against it may have been a moment's disturbance.
 
 /// A narrower width must make the round shorter by this factor, and a wider one is taken when its
 /// round is at most longer by it than the best. So, trials aside, a round takes at most `1 + MARGIN`
@@ -103,7 +104,7 @@ struct Doubt {
     at: u64,
     /// Doubts in a row after which the widths in use were as before.
     vain: u32,
-    /// The widths in use at that time.
+    /// The widths in use when it was doubted.
     chosen: Vec<usize>,
     /// The width that was left last, and after how many tokens it gets its second look.
     left: Option<(usize, u64)>,
@@ -177,7 +178,7 @@ impl CostModel {
         }
         let before = self.same(width);
         self.widths[width].n_seen += 1;
-        // The first call after something else is unlike the others: it counts only where there are hardly any.
+        // See *Knowledge*.
         if previous > 0 || before.is_none() || self.now - self.widths[width].last > LATELY {
             self.learn_change(previous, width, seconds);
             self.widths[width].record(previous == width, seconds, self.now);
@@ -367,11 +368,12 @@ impl CostModel {
     /// The next width to try and what it takes off the credit.
     fn next_trial(&mut self, ready: usize) -> Option<(usize, f64)> {
         let best = self.round(ready, self.chosen[ready])?;
-        // The last few tokens of replies that end together are no time to learn a width for fewer streams.
-        if self.trial.is_some() || self.most.is_more_than(ready) {
+        if self.trial.is_some() {
             return None;
         }
-        let others = || candidates(ready).filter(|&width| width != self.chosen[ready]);
+        // The last few tokens of replies that end together are no time to learn wider calls for fewer streams.
+        let widest = if self.most.is_more_than(ready) { self.chosen[self.most.ready()] } else { ready };
+        let others = || candidates(ready).filter(|&width| width != self.chosen[ready] && width <= widest);
         if let Some(width) = others().find(|&width| self.is_urgent(ready, width, best)) {
             return Some((width, 0.0));
         }
@@ -858,6 +860,21 @@ mod tests {
             Machine::new(undisturbed, 0.0006, quiet).learn(&mut model, 4, 200);
         }
         assert_eq!([model.width(4), model.width(3), model.width(2)], [1, 1, 1]);
+    }
+
+    #[test]
+    fn another_number_of_streams_soon_has_its_own_width() {
+        for (name, cost, change) in CURVES {
+            for (before, after) in [(8, 2), (8, 3), (8, 4), (8, 5), (4, 2), (4, 3), (3, 8), (2, 4)] {
+                let mut model = CostModel::new(8);
+                let machine = || Machine::new(cost, change, quiet);
+                machine().learn(&mut model, before, 300);
+                let fixed = |width| machine().fixed(width, after, 300);
+                let best = (1..=after).map(fixed).fold(f64::INFINITY, f64::min);
+                let ratio = best / machine().learn(&mut model, after, 300);
+                assert!(ratio >= 0.92, "{name}, {before} and then {after}: {ratio:.3}");
+            }
+        }
     }
 
     /// As beside prompts that come all the time: no call is like the one before.
