@@ -2,8 +2,8 @@
 
     python -m benches.structured [--rounds 7] [--tokens 128] [--model smollm2]
 
-Rounds of free and of constrained text of the same length alternate on one sequence, so every ratio
-compares two neighbouring moments of the machine. Compiling is the processor time of a call that is
+Two constrained texts stand between two free ones of the same length on one sequence, so every ratio
+compares the same moment of the machine. Compiling is the processor time of a call that is
 refused before anything is evaluated, because its limit is below the shortest answer: with a schema
 that is new, and once more with the same one.
 """
@@ -93,6 +93,8 @@ async def measured(sequence: llamactor.Sequence, number: int, tokens: int) -> Ro
     """Measure one round."""
     free = await speed(sequence, tokens)
     kept = await speed(sequence, tokens, schema=PEOPLE)
+    kept += await speed(sequence, tokens, schema=PEOPLE)
+    free += await speed(sequence, tokens)
     schema = properties(number)
     new, known = await refused(sequence, schema), await refused(sequence, schema)
     return Round(kept / free, new, known)
