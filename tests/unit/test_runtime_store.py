@@ -114,8 +114,8 @@ async def test_the_runtime_s_threads_lie_below_all_other_options(
     async with Runtime(tmp_path / "store", memory_limit=None, threads=1) as runtime:
         await runtime.load(spoken["alpha"], context_size=512)
         await runtime.load(spoken["alpha"], context_size=512, threads=2)
-        contexts = [resident.model._context for resident in runtime._core.residents]
-        assert [context.info()["threads"] for context in contexts if context] == [1, 2]
+        contexts = [resident.wanted.context for resident in runtime._core.residents]
+        assert [context.threads for context in contexts] == [1, 2]
 
 
 async def test_progress_covers_download_and_load(
