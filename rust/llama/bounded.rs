@@ -75,6 +75,14 @@ pub fn run_bounded<T: Send + 'static>(
     wait(&watch, &outcome, bounds.time)
 }
 
+/// Does within such work what may not be stopped midway, since it holds what must come free. Its memory does not count.
+pub fn unstoppable<T>(work: impl FnOnce() -> T) -> T {
+    let watch = WATCH.replace(null());
+    let done = work();
+    WATCH.set(watch);
+    done
+}
+
 fn wait<T>(watch: &Watch, outcome: &Mutex<Option<Result<T, Unfinished>>>, time: Duration) -> Result<T, Unfinished> {
     let end = Instant::now() + time;
     loop {
@@ -191,6 +199,14 @@ mod tests {
         let bounds = Bounds { time: Duration::from_millis(10), ..BOUNDS };
         let sleeping = || thread::sleep(Duration::from_secs(1));
         assert!(matches!(run_bounded("test", bounds, sleeping), Err(Unfinished::Time)));
+    }
+
+    #[test]
+    fn what_may_not_be_stopped_is_done_and_does_not_count() {
+        let work = || unstoppable(|| vec![1u8; 2 * BOUNDS.memory]).len() + vec![1u8; BOUNDS.memory / 2].len();
+        assert_eq!(run_bounded("test", BOUNDS, work).unwrap(), 5 * BOUNDS.memory / 2);
+        let too_much = || unstoppable(|| 1) + vec![1u8; 2 * BOUNDS.memory].len();
+        assert!(matches!(run_bounded("test", BOUNDS, too_much), Err(Unfinished::Memory)));
     }
 
     #[test]

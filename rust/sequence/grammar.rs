@@ -28,7 +28,7 @@ use self::tracked::Tracked;
 use self::words::Words;
 use super::text::segments::SegmentOptions;
 use crate::error::{Error, Result};
-use crate::llama::{self, Bounds, Token, Unfinished, run_bounded};
+use crate::llama::{self, Bounds, Token, Unfinished, run_bounded, unstoppable};
 use crate::model::Model;
 
 pub use self::lazy::Trigger;
@@ -218,11 +218,11 @@ impl Grammars {
     }
 
     fn compile(&self, spec: &Spec) -> Result<State> {
-        let (words, llama, wanted) = (Arc::clone(&self.words), self.llama.clone(), spec.clone());
-        let compiled = run_bounded("llamactor-grammar", BOUNDS, move || {
-            wanted.compile(&words, &|name| token_of(llama.as_deref()?, name))
-        });
-        compiled.map_err(unfinished)?
+        let (words, wanted) = (Arc::clone(&self.words), spec.clone());
+        // What takes too much keeps what it holds for ever: that must not be the model.
+        let llama = self.llama.as_ref().map(Arc::downgrade);
+        let token = move |name: &str| unstoppable(|| token_of(&*llama.as_ref()?.upgrade()?, name));
+        run_bounded("llamactor-grammar", BOUNDS, move || wanted.compile(&words, &token)).map_err(unfinished)?
     }
 }
 
