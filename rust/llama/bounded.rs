@@ -2,7 +2,8 @@
 //!
 //! Rust has no way to make an allocation fail without ending the process, and none to end a thread. So a thread that
 //! allocates more than it may is stopped where it stands, for ever: it keeps what it has, its caller gets an error,
-//! and the process goes on.
+//! and the process goes on. One whose caller no longer waits can end in order and give back what it holds, if it asks
+//! ([`is_given_up`]); if it does not, it is stopped as well.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -29,7 +30,7 @@ pub struct Bounds {
 pub enum Unfinished {
     /// It took too much memory. Its thread stands still for ever and keeps what it holds.
     Memory,
-    /// It took too long. Its thread stops at its next allocation.
+    /// It took too long. Its thread ends soon if it asks, or stops at an allocation.
     Time,
     /// It panicked.
     Panic,
@@ -37,11 +38,22 @@ pub enum Unfinished {
     NoThread(std::io::Error),
 }
 
+/// Time that work has to notice that its caller has given up, as a share of the time that it had.
+const GRACE: u32 = 2;
+
 /// Seen by both sides.
 struct Watch {
     caller: Thread,
     exceeded: AtomicBool,
     abandoned: AtomicBool,
+    /// When work that was given up is stopped.
+    end: Instant,
+}
+
+impl Watch {
+    fn is_overdue(&self) -> bool {
+        self.abandoned.load(Ordering::Relaxed) && Instant::now() > self.end
+    }
 }
 
 thread_local! {
@@ -59,7 +71,8 @@ pub fn run_bounded<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Unfinished> {
     let caller = thread::current();
-    let watch = Arc::new(Watch { caller, exceeded: AtomicBool::new(false), abandoned: AtomicBool::new(false) });
+    let end = Instant::now() + bounds.time * (1 + GRACE);
+    let watch = Arc::new(Watch { caller, exceeded: AtomicBool::new(false), abandoned: AtomicBool::new(false), end });
     let outcome: Arc<Mutex<Option<Result<T, Unfinished>>>> = Arc::default();
     let (watched, result) = (Arc::clone(&watch), Arc::clone(&outcome));
     let run = move || {
@@ -73,6 +86,14 @@ pub fn run_bounded<T: Send + 'static>(
     let builder = thread::Builder::new().name(name.into()).stack_size(bounds.stack);
     builder.spawn(run).map_err(Unfinished::NoThread)?;
     wait(&watch, &outcome, bounds.time)
+}
+
+/// Whether nobody waits any more for the work that asks. Without such bounds somebody does.
+#[must_use]
+pub fn is_given_up() -> bool {
+    let watch = WATCH.get();
+    // SAFETY: the thread itself holds the watch for as long as this points to it.
+    !watch.is_null() && unsafe { &*watch }.abandoned.load(Ordering::Relaxed)
 }
 
 /// Does within such work what may not be stopped midway, since it holds what must come free. Its memory does not count.
@@ -145,7 +166,7 @@ fn take(size: usize) {
     LEFT.set(left);
     // SAFETY: the thread itself holds the watch for as long as this points to it.
     let watch = unsafe { &*watch };
-    if left < 0 || watch.abandoned.load(Ordering::Relaxed) {
+    if left < 0 || watch.is_overdue() {
         stop(watch);
     }
 }
@@ -207,6 +228,38 @@ mod tests {
         assert_eq!(run_bounded("test", BOUNDS, work).unwrap(), 5 * BOUNDS.memory / 2);
         let too_much = || unstoppable(|| 1) + vec![1u8; 2 * BOUNDS.memory].len();
         assert!(matches!(run_bounded("test", BOUNDS, too_much), Err(Unfinished::Memory)));
+    }
+
+    #[test]
+    fn work_that_was_given_up_can_end_in_order() {
+        let bounds = Bounds { time: Duration::from_millis(100), ..BOUNDS };
+        let held = Arc::new(());
+        let seen = Arc::clone(&held);
+        let asking = move || {
+            while !is_given_up() {
+                thread::yield_now();
+            }
+            drop(vec![seen]);
+        };
+        assert!(matches!(run_bounded("test", bounds, asking), Err(Unfinished::Time)));
+        while Arc::strong_count(&held) > 1 {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn only_work_that_was_given_up_is_overdue_and_not_at_once() {
+        let now = Instant::now();
+        let watch = |abandoned: bool, end| Watch {
+            caller: thread::current(),
+            exceeded: AtomicBool::new(false),
+            abandoned: AtomicBool::new(abandoned),
+            end,
+        };
+        assert!(!watch(false, now).is_overdue());
+        assert!(!watch(true, now + Duration::from_secs(3600)).is_overdue());
+        while Instant::now() == now {}
+        assert!(watch(true, now).is_overdue());
     }
 
     #[test]

@@ -21,7 +21,7 @@ mod vocab;
 
 pub use backend::{Device, devices, initialise, system_info};
 pub use batch::Batch;
-pub use bounded::{Bounds, Unfinished, run_bounded, unstoppable};
+pub use bounded::{Bounds, Unfinished, is_given_up, run_bounded, unstoppable};
 pub use common::{
     CallReader, CallReading, CallSyntax, ChatFormat, ChatFormats, FormatRequest, ParseRequest, Reading, ReadingState,
     Trigger, parse_answer,

@@ -8,6 +8,7 @@ import itertools
 import json
 import random
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,12 +17,12 @@ import llamactor
 from llamactor import Grammar, GrammarError, _core
 from llamactor.prediction import start_prediction
 from tests.conftest import PATIENCE, Gate
+from tests.contexts import until
 from tests.models import EOS, IM_END, bpe_vocabulary, byte_tokens, tiny_llama, tiny_spm
 from tests.unit.test_loading import is_mapped, until_unmapped
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
-    from pathlib import Path
 
     from llamactor import Model, Prediction, PredictionResult
 
@@ -728,15 +729,19 @@ async def test_a_hostile_grammar_ends_in_an_error_or_an_answer(
     assert after.content == "ok"
 
 
-async def test_a_grammar_that_takes_too_much_does_not_keep_the_model(tmp_path: Path) -> None:
+async def test_a_schema_that_takes_too_much_keeps_neither_thread_nor_model(tmp_path: Path) -> None:
     path = tiny_llama(tmp_path / "own.gguf")
-    kinds = [{"type": "string", "pattern": f"^[a-z]{{1,900}}-{n}$"} for n in range(9000)]
+    kinds = [{"type": "string", "pattern": f"^[a-z]{{1,2000}}-{n}$"} for n in range(9000)]
     patterns = {f"p{n}": kind for n, kind in enumerate(kinds)}
     schema = {"type": "object", "properties": patterns, "required": list(patterns)}
     async with llamactor.load_model(path, context_size=512, sequences=1, threads=1) as model:
         assert is_mapped(path)
+        await soon(model.complete("x", max_tokens=1))
+        threads = Path("/proc/self/task")
+        n_threads = len(list(threads.iterdir()))
         with pytest.raises(GrammarError, match="the grammar takes more than"):
             await soon(model.complete("x", schema=schema))
+        await until(lambda: len(list(threads.iterdir())) <= n_threads)
     await until_unmapped(path)
 
 

@@ -12,6 +12,7 @@ use super::rules::{All, ItemsRule, MembersRule, Rules, Size, TextRule, Types, wi
 use super::source::{Id, Source};
 use super::{Limits, disjoint, pattern, shortest, text};
 use crate::error::{Error, Result};
+use crate::llama::is_given_up;
 
 /// The normal form of a schema.
 pub fn program(schema: &Value, limits: &Limits) -> Result<Program> {
@@ -19,6 +20,9 @@ pub fn program(schema: &Value, limits: &Limits) -> Result<Program> {
     let mut builder = Builder::new(source, limits)?;
     let root = builder.node(vec![0])?;
     while let Some((node, all)) = builder.open.pop() {
+        if is_given_up() {
+            return Err(Error::Grammar("compiling the schema was given up".into()));
+        }
         let leaves = builder.leaves(&all)?;
         builder.program.nodes[node as usize].leaves = leaves;
     }
