@@ -421,7 +421,10 @@ class ContextOptions(msgspec.Struct, frozen=True, kw_only=True):
     ubatch_size: int | None = None
     """Most tokens computed at once, at most `batch_size`; None is 512, or `batch_size` if less."""
     threads: int | None = None
-    """Compute threads for generation, no more than processors; None is physical cores less one."""
+    """Compute threads for generation; None is the physical cores less one, at least 1.
+
+    More than there are processors are as many as these.
+    """
     threads_batch: int | None = None
     """Compute threads for prompts; None is `threads`."""
     flash_attention: Literal["auto", "on", "off"] = "auto"

@@ -30,7 +30,7 @@ pub struct Bounds {
 pub enum Unfinished {
     /// It took too much memory. Its thread stands still for ever and keeps what it holds.
     Memory,
-    /// It took too long. Its thread ends soon if it asks, or stops at an allocation.
+    /// It took too long. Its thread ends if it asks, or stops at an allocation a moment later.
     Time,
     /// It panicked.
     Panic,
@@ -38,8 +38,8 @@ pub enum Unfinished {
     NoThread(std::io::Error),
 }
 
-/// Time that work has to notice that its caller has given up, as a share of the time that it had.
-const GRACE: u32 = 2;
+/// Time that work has to notice that its caller has given up.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// Seen by both sides.
 struct Watch {
@@ -71,7 +71,7 @@ pub fn run_bounded<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Unfinished> {
     let caller = thread::current();
-    let end = Instant::now() + bounds.time * (1 + GRACE);
+    let end = Instant::now() + bounds.time + GRACE;
     let watch = Arc::new(Watch { caller, exceeded: AtomicBool::new(false), abandoned: AtomicBool::new(false), end });
     let outcome: Arc<Mutex<Option<Result<T, Unfinished>>>> = Arc::default();
     let (watched, result) = (Arc::clone(&watch), Arc::clone(&outcome));

@@ -53,10 +53,23 @@ async def turns() -> AsyncIterator[Turns]:
         await task
 
 
+async def close_behind(gate: Gate, turns: Turns, model: llamactor.Model) -> None:
+    """Close a model that cannot be closed before the loop has turned several times."""
+    await gate.reached()
+    closing = asyncio.create_task(model.aclose())
+    enough = turns.count + SEVERAL
+    while turns.count < enough:  # noqa: ASYNC110 -- the turns are the point
+        await asyncio.sleep(0)
+    # Only a loop that turns comes here, and only then may the callback end.
+    assert not closing.done()
+    gate.open()
+    await closing
+
+
 async def go_through_a_life(
-    turns: Turns, ref: str | Path, prompt: list[int], n_tokens: int
+    turns: Turns, gate: Gate, ref: str | Path, prompt: list[int], n_tokens: int
 ) -> None:
-    """Load, prefill and decode eight streams, and look at the turns at every step."""
+    """Load, prefill, decode eight streams and close, and look at the turns at every step."""
     loading = llamactor.load_model(ref, context_size=4096, threads=1)
     assert await turns.during(loading.result()) > SEVERAL
     async with loading as model:
@@ -72,17 +85,29 @@ async def go_through_a_life(
         turned = await turns.during(asyncio.gather(*streams))
         assert turned > SEVERAL
         assert context.stats.batches - before >= n_tokens
+        first, *others = sequences
+        endless = [
+            sequence.predict(prompt[:8], ignore_eos=True, overflow="rolling_window")
+            for sequence in others
+        ]
+        endless.append(first.predict(prompt[:8], logits_processor=gate))
+        await close_behind(gate, turns, model)
+        for prediction in endless:
+            with pytest.raises(llamactor.ClosedError):
+                await prediction
 
 
 @pytest.mark.every_loop
-async def test_the_loop_turns_while_a_tiny_model_works(turns: Turns, tiny_model_path: Path) -> None:
-    await go_through_a_life(turns, tiny_model_path, list(range(100, 900)), n_tokens=40)
+async def test_the_loop_turns_while_a_tiny_model_works(
+    turns: Turns, gate: Gate, tiny_model_path: Path
+) -> None:
+    await go_through_a_life(turns, gate, tiny_model_path, list(range(100, 900)), n_tokens=40)
 
 
 @pytest.mark.model
 @pytest.mark.slow
-async def test_the_loop_turns_while_a_real_model_works(turns: Turns) -> None:
-    await go_through_a_life(turns, "smollm2", list(range(1000, 1250)), n_tokens=4)
+async def test_the_loop_turns_while_a_real_model_works(turns: Turns, gate: Gate) -> None:
+    await go_through_a_life(turns, gate, "smollm2", list(range(1000, 1250)), n_tokens=4)
 
 
 @pytest.mark.every_loop
@@ -90,18 +115,7 @@ async def test_closing_waits_for_a_callback_without_holding_up_the_loop(
     turns: Turns, tiny_model_path: Path, gate: Gate
 ) -> None:
     async with llamactor.load_model(tiny_model_path, context_size=512, threads=1) as model:
-        predictions = [model.complete("once", logits_processor=gate)]
-        await gate.reached()
-        predictions += [
-            model.complete("twice", ignore_eos=True, overflow="rolling_window") for _ in range(7)
-        ]
-        closing = asyncio.create_task(model.aclose())
-        enough = turns.count + SEVERAL
-        while turns.count < enough:  # noqa: ASYNC110 -- the turns are the point
-            await asyncio.sleep(0)
-        # Only a loop that turns comes here, and only then may the callback end.
-        gate.open()
-        await closing
-        for prediction in predictions:
-            with pytest.raises(llamactor.ClosedError):
-                await prediction
+        prediction = model.complete("once", logits_processor=gate)
+        await close_behind(gate, turns, model)
+        with pytest.raises(llamactor.ClosedError):
+            await prediction
