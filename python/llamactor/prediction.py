@@ -380,13 +380,14 @@ class _State:
 
     def on_news(self) -> None:
         """Wake the readers, and at the end everybody, after whoever keeps the outcome."""
-        if self.on_settled is not None and self.native.done:
+        done = self.native.done  # looked at once: an end that comes meanwhile is news of its own
+        if done and self.on_settled is not None:
             self.settle()
         if self.on_round is not None:
             self.on_round()
         for reader in self.readers:
             _wake(reader)
-        if self.native.done:
+        if done:
             self.hub.forget(self.ident)
             self.end_lease()
             for waiter in self.waiters:

@@ -60,7 +60,7 @@ class Life:
         await self.draw.choice([*calls, self.rewind, self.delete, self.replace, self.reset])()
         for _ in range(self.draw.choice([0, 0, 1, 3, 10, 30])):
             await asyncio.sleep(0)
-        if self.draw.random() < 0.2:
+        if self.draw.random() < 0.2 and self.waiting:
             self.draw.choice(self.waiting).cancel()
 
     async def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -135,9 +135,12 @@ class Life:
 def said(text: str, prediction: Prediction) -> History:
     """What a prompt has added."""
     result = outcome(prediction)
-    if result.stop_reason == "cancelled" and not result.tokens:
+    if not result.messages:
         return ()
-    return (UserMessage(text), AssistantMessage(result.content, tokens=tuple(result.tokens)))
+    (answer,) = result.messages
+    assert isinstance(answer, AssistantMessage)
+    assert (answer.content, answer.reasoning) == (result.content, result.reasoning)
+    return (UserMessage(text), answer)
 
 
 def outcome(prediction: Prediction) -> PredictionResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -108,6 +109,26 @@ async def test_a_prompt_that_nobody_awaits_is_recorded_too(session: ChatSession)
     prediction = session.prompt(HELLO)
     await until(lambda: prediction.done)
     await until(lambda: len(session.history) == 3)
+
+
+async def test_a_prompt_that_nobody_awaits_may_end_while_other_news_of_it_is_told(
+    session: ChatSession, gate: Gate
+) -> None:
+    prediction = session.prompt(HELLO, logits_processor=gate)
+    await gate.reached()
+
+    def end() -> None:
+        prediction._state.on_round = None
+        gate.open()
+        while not prediction.done:
+            time.sleep(0.001)  # the loop stands still: it hears of the end later
+
+    prediction._state.on_round = end
+    prediction._state.on_news()
+    assert prediction.done
+    assert said(session) == [SYSTEM]
+    assert "Ada" in (await soon(session.prompt(NAME))).content
+    assert users(session) == [HELLO, NAME]
 
 
 async def test_a_prompt_without_recording_leaves_no_trace(session: ChatSession) -> None:
