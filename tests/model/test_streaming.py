@@ -11,11 +11,13 @@ import pytest
 
 import llamactor
 from llamactor import LoadProgress, Prediction, PredictionResult, PredictionStats
-from tests.conftest import PATIENCE
+from tests.contexts import soon
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
     from typing import Any
+
+    from tests.conftest import Gate
 
 pytestmark = [pytest.mark.model, pytest.mark.every_loop]
 
@@ -78,31 +80,30 @@ async def test_the_times_of_a_prediction_add_up(smollm2: llamactor.Model) -> Non
 
 
 async def test_the_first_piece_arrives_while_the_rest_is_still_to_be_made(
-    smollm2: llamactor.Model,
+    smollm2: llamactor.Model, gate: Gate
 ) -> None:
-    prediction = smollm2.complete(PROMPT, max_tokens=24, ignore_eos=True)
-    await anext(aiter(prediction))
+    prediction = smollm2.complete(PROMPT, logits_processor=gate, max_tokens=24)
+    gate.allow(1)
+    assert await soon(anext(aiter(prediction)))
     assert not prediction.done
+    assert prediction.stats.predicted_tokens == 1
 
 
 async def test_eight_predictions_stream_side_by_side(smollm2: llamactor.Model) -> None:
-    order: list[int] = []
+    begun: set[Prediction] = set()
 
-    async def read(number: int, prediction: Prediction) -> str:
+    async def read(prediction: Prediction) -> str:
         text = ""
         async for piece in prediction:
-            order.append(number)
             text += piece
+            begun.add(prediction)
+            if len(begun) == 8:
+                prediction.cancel()
         return text
 
-    async with asyncio.timeout(PATIENCE):
-        predictions = [
-            smollm2.complete(f"Number {number} is", max_tokens=16, ignore_eos=True)
-            for number in range(8)
-        ]
-        texts = await asyncio.gather(*(read(*pair) for pair in enumerate(predictions)))
-        results = await asyncio.gather(*predictions)
+    endless: dict[str, Any] = {"ignore_eos": True, "overflow": "rolling_window"}
+    predictions = [smollm2.complete(f"Number {number} is", **endless) for number in range(8)]
+    texts = await soon(asyncio.gather(*map(read, predictions)))
+    results = await soon(asyncio.gather(*predictions))
     assert texts == [result.content for result in results]
-    firsts = [order.index(number) for number in range(8)]
-    lasts = [len(order) - 1 - order[::-1].index(number) for number in range(8)]
-    assert max(firsts) < min(lasts)
+    assert {result.stop_reason for result in results} == {"cancelled"}

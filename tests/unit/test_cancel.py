@@ -312,12 +312,12 @@ async def test_what_waits_behind_others_is_never_evaluated(
         prefill = await waiting(case.sequence.prefill(prompt(500, 2)))
         behind.cancel()
         prefill.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await prefill
         gate.open()
         assert len((await soon(running)).tokens) == 2
         result = await soon(behind)
         assert (result.content, result.stop_reason) == ("", "cancelled")
-        with pytest.raises(asyncio.CancelledError):
-            await prefill
         await soon(case.sequence.erase([]))
         assert case.context.stats.evaluated_tokens == 11
         assert len(case.sequence.tokens) == 11
