@@ -511,9 +511,10 @@ async def paused_at(prediction: Prediction, model: llamactor.Model) -> int:
 async def test_a_stalled_reader_pauses_the_sequence(tiny_model: llamactor.Model) -> None:
     prediction = tiny_model.complete("once", max_tokens=1000, max_pending=16)
     iterator = aiter(prediction)
-    first = await soon(anext(iterator))
     tokens = await paused_at(prediction, tiny_model)
     assert 16 <= tokens < 100
+    first = await soon(anext(iterator))
+    assert tokens + 16 <= await paused_at(prediction, tiny_model) < 200
     assert not prediction.done
     texts = [first, *[text async for text in iterator]]
     result = await prediction

@@ -503,8 +503,6 @@ async def test_a_reader_that_lags_pauses_the_reasoning(tiny_model: Model) -> Non
     script = Script(THINK, "x" * 500, THOUGHT, "yes")
     prediction = start(tiny_model, script, max_pending=16)
     events = prediction.events()
-    while not isinstance(await soon(anext(events)), SegmentStart):
-        pass
     await until_paused(prediction, tiny_model)
     assert prediction.stats.predicted_tokens < 100
     rest = await collect(events)
@@ -519,8 +517,6 @@ async def test_what_closes_survives_giving_the_sequence_up(tiny_model_path: Path
         script = Script(THINK, "x" * 17, "yes" * 20)
         prediction = start(model, script, max_pending=16, reasoning_budget=17)
         events = prediction.events()
-        while not isinstance(await soon(anext(events)), SegmentStart):
-            pass
         # It gives its only sequence up: the reader lags, and somebody waits.
         assert len((await soon(model.complete("a clock", max_tokens=20))).tokens) == 20
         assert not prediction.done
