@@ -9,6 +9,9 @@ dropped nobody is left, and what still runs is cancelled.
 
 A reader that finds nothing suspends on a future of its own, which the hub's news resolves. Nothing
 is read before the reader really runs again, so a cancelled `anext` or `await` loses nothing.
+
+The result is built once, by whoever wants it first, and always on the loop: what a chat or a
+schema's type does with it runs where the user's code runs, wherever a handle is dropped.
 """
 
 from __future__ import annotations
@@ -414,7 +417,7 @@ class _State:
             self.native.drop_interest(result=True)
 
     def settle(self) -> PredictionResult:
-        """Return the result, building it the first time."""
+        """Return the result, building it the first time; on the loop, unless that is closed."""
         if self.result is None:
             outcome: dict[str, Any] = self.native.outcome()
             self.error = outcome.pop("error") or self.failure
@@ -457,7 +460,7 @@ class _State:
     def _tell_settled(self, result: PredictionResult) -> None:
         on_settled, self.on_settled = self.on_settled, None
         if on_settled is not None:
-            call_on_loop(self.loop, functools.partial(on_settled, result, self.error))
+            on_settled(result, self.error)
 
     def deliver(self) -> PredictionResult:
         """Return the result of a finished prediction or raise its failure."""
@@ -591,7 +594,8 @@ class Prediction:
             return
         done = state.native.done
         if done:
-            _report_unretrieved(state)
+            # There, since that is where everybody else looks at the outcome.
+            call_on_loop(state.loop, functools.partial(_report_unretrieved, state))
         # A chat wants to hear of the end. A closed loop hears nothing: its hub must not keep it.
         closed = state.loop.is_closed()
         if closed or done:
@@ -879,7 +883,7 @@ class Deferred:
         self._state.on_round = callback
 
     def on_result(self, complete: Callable[[PredictionResult], PredictionResult]) -> None:
-        """Let `complete` add to the result what is not known here; on whatever thread."""
+        """Let `complete` add to the result what is not known here."""
         self._state.on_result = complete
 
     def conclude(self, stop_reason: StopReason | None = None) -> None:

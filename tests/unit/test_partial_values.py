@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import enum
 import json
+import threading
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
@@ -21,7 +22,7 @@ from msgspec import UNSET
 
 import llamactor
 from llamactor import SchemaValidationError, TokenBatching, schema_of
-from tests.contexts import soon
+from tests.contexts import soon, until
 from tests.models import EOS, byte_tokens
 
 if TYPE_CHECKING:
@@ -465,6 +466,23 @@ async def test_a_failure_of_the_user_s_class_is_the_failure(tiny_model: Model) -
     with pytest.raises(KeyError, match="strange") as caught:
         await soon(saying(tiny_model, '{"a":1}', Strange).result())
     assert caught.value.partial.content == '{"a":1}'  # type: ignore[attr-defined]
+
+
+async def test_what_is_dropped_in_another_thread_is_read_on_the_loop(tiny_model: Model) -> None:
+    threads: list[int] = []
+
+    @dataclasses.dataclass
+    class Curious:
+        a: int
+
+        def __post_init__(self) -> None:
+            threads.append(threading.get_ident())
+
+    handles = [saying(tiny_model, '{"a":1}', Curious)]
+    await until(lambda: handles[0].done)
+    await asyncio.to_thread(handles.clear)
+    await until(lambda: bool(threads))
+    assert threads == [threading.get_ident()]
 
 
 async def test_a_failed_turn_is_not_recorded(tiny_model: Model) -> None:

@@ -429,7 +429,7 @@ class Turn:
     # --- the end ----------------------------------------------------------------------------------
 
     def _completed(self, result: PredictionResult) -> PredictionResult:
-        """Add to the result what the chat gains, as far as it is whole; on whatever thread."""
+        """Add to the result what the chat gains, as far as it is whole."""
         if self._request.yields:
             return result
         ended = self._deferred.rounds
