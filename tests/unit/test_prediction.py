@@ -508,9 +508,12 @@ async def paused_at(prediction: Prediction, model: llamactor.Model) -> int:
             return before
 
 
-async def test_a_stalled_reader_pauses_the_sequence(tiny_model: llamactor.Model) -> None:
-    prediction = tiny_model.complete("once", max_tokens=1000, max_pending=16)
+async def test_a_stalled_reader_pauses_the_sequence(
+    tiny_model: llamactor.Model, gate: Gate
+) -> None:
+    prediction = tiny_model.complete("once", max_tokens=1000, max_pending=16, logits_processor=gate)
     iterator = aiter(prediction)
+    gate.open()
     tokens = await paused_at(prediction, tiny_model)
     assert 16 <= tokens < 100
     first = await soon(anext(iterator))

@@ -101,7 +101,7 @@ async def go_through_a_life(
 async def test_the_loop_turns_while_a_tiny_model_works(
     turns: Turns, gate: Gate, tiny_model_path: Path
 ) -> None:
-    await go_through_a_life(turns, gate, tiny_model_path, list(range(100, 900)), n_tokens=40)
+    await go_through_a_life(turns, gate, tiny_model_path, list(range(100, 900)) * 3, n_tokens=40)
 
 
 @pytest.mark.model
