@@ -9,7 +9,8 @@
 //!    └──────────── reader caught up ── Paused ◀──────────── Drawn(Pause) ───────────┘
 //! ```
 //!
-//! Cheap generators are advanced here, so that their job stays in *Evaluating*.
+//! Cheap generators are advanced here, so that their job stays in *Evaluating*. One that is preempted while its
+//! row is out is *Displaced*: what it draws is taken, and then it waits.
 
 mod jobs;
 mod memory;
@@ -55,6 +56,8 @@ enum State {
     Evaluating,
     /// Since this step (see `Decoder::n_steps`).
     Drawing(u64),
+    /// The same, but its cells have gone to others.
+    Displaced,
     Paused(Instant),
 }
 
@@ -279,7 +282,7 @@ impl Decoder {
             State::Evaluating => true,
             State::Waiting => !self.blocked || is_cancelled(&running.job),
             State::Paused(_) => !running.job.flow.is_paused() || is_cancelled(&running.job),
-            State::Drawing(_) => is_cancelled(&running.job),
+            State::Drawing(_) | State::Displaced => is_cancelled(&running.job),
         }
     }
 
@@ -559,7 +562,10 @@ impl Decoder {
         match step {
             Step::Next(token) => {
                 running.job.tokens.push(token);
-                running.state = State::Evaluating;
+                running.state = match running.state {
+                    State::Displaced => State::Waiting,
+                    _ => State::Evaluating,
+                };
             }
             Step::Pause(token) => {
                 running.job.tokens.push(token);

@@ -506,8 +506,7 @@ async def test_the_lower_priority_gives_way(tiny_model: Model, gate: Gate) -> No
     seen: list[int] = []
 
     def look(tokens: list[int], logits: Any) -> None:
-        if len(tokens) == 119:
-            seen.append(low.stats.predicted_tokens)
+        seen.append(low.stats.predicted_tokens)
 
     async with opened(tiny_model, 256, 2) as (context, (one, other)):
         low = one.predict(prompt(80), max_tokens=150, priority=-1, logits_processor=gate)
@@ -518,7 +517,52 @@ async def test_the_lower_priority_gives_way(tiny_model: Model, gate: Gate) -> No
         assert len(result.tokens) == 120
         await unbroken(low, tiny_model, prompt(80), 150)
         assert context.stats.preemptions >= 1
-    assert seen[0] < 119, "it was before the other one, which came first"
+    assert len(seen) == 120
+    assert seen[-1] < 100, "it has gone on only when there was room again"
+
+
+async def test_a_stalled_callback_holds_no_cells_that_a_higher_priority_needs(
+    tiny_model: Model, gate: Gate
+) -> None:
+    async with opened(tiny_model, 256, 2) as (context, (one, other)):
+        low = one.predict(prompt(80), max_tokens=100, priority=-1, logits_processor=gate)
+        await gate.reached()
+        high = other.predict(prompt(80, 1), max_tokens=150, priority=1)
+        await unbroken(high, tiny_model, prompt(80, 1), 150)
+        assert low.stats.predicted_tokens == 0
+        assert context.stats.preemptions == 1
+        gate.open()
+        await unbroken(low, tiny_model, prompt(80), 100)
+
+
+@pytest.mark.parametrize("end", ["cancel", "last token", "pause"])
+async def test_what_a_preempted_callback_comes_to_in_the_end_is_taken(
+    tiny_model: Model, gate: Gate, end: str
+) -> None:
+    limits: dict[str, Any] = {"max_tokens": 1 if end == "last token" else 100, "max_pending": 16}
+    async with opened(tiny_model, 256, 2) as (context, (one, other)):
+        low = one.predict(prompt(80), priority=-1, logits_processor=gate, **limits)
+        reader = aiter(low)
+        await gate.reached()
+        if end == "pause":
+            gate.allow(16)
+            for _ in range(16):
+                await gate.reached()
+        high = other.predict(prompt(80, 1), max_tokens=150, priority=1)
+        await unbroken(high, tiny_model, prompt(80, 1), 150)
+        assert context.stats.preemptions == 1
+        if end == "cancel":
+            low.cancel()
+        gate.open()
+        text = "".join([text async for text in reader])
+        result = await soon(low)
+        assert result.content == text
+        expected = {"cancel": "cancelled"}.get(end, "max_tokens")
+        assert result.stop_reason == expected
+        await plausible(tiny_model, prompt(80), result)
+        held = [*prompt(80), *result.tokens]
+        assert one.tokens == held[: len(one.tokens)]
+        await remembers(one, one.tokens, tiny_model)
 
 
 async def test_output_of_a_preempted_generation_on_its_own_thread_is_unbroken(

@@ -5,7 +5,7 @@ use std::sync::mpsc::Sender;
 use super::super::cache::{Reuse, Slot, common_prefix, merged_ranges, plan_reuse};
 use super::super::job::{Chat, End, Goal, Holder, Job, MemoryOp, MemoryReply, SavedState};
 use super::super::parking::Found;
-use super::{CHECKPOINTS, Checkpoint, Decoder, State, overflow};
+use super::{CHECKPOINTS, Checkpoint, Decoder, Running, State, overflow};
 use crate::error::{Error, Result};
 use crate::llama::Token;
 
@@ -209,10 +209,10 @@ impl Decoder {
         if self.evict_one(Slot::MAX) {
             return;
         }
-        let evaluating = || self.slots(|running| running.state == State::Evaluating && !running.job.alone);
-        let newest = evaluating().min_by_key(|&(_, running)| (running.job.priority, std::cmp::Reverse(running.order)));
+        let growing = || self.slots(Running::is_growing);
+        let newest = growing().min_by_key(|&(_, running)| (running.job.priority, std::cmp::Reverse(running.order)));
         let Some((slot, _)) = newest else { return };
-        if evaluating().count() > 1 || self.any(|running| matches!(running.state, State::Drawing(_))) {
+        if growing().count() > 1 {
             self.preempt(slot);
         } else {
             self.end(slot, End::ContextFull);
@@ -223,7 +223,10 @@ impl Decoder {
     pub(super) fn preempt(&mut self, slot: Slot) {
         self.lose(slot);
         if let Some(running) = self.running(slot) {
-            running.state = State::Waiting;
+            running.state = match running.state {
+                State::Drawing(_) => State::Displaced,
+                _ => State::Waiting,
+            };
             running.scores.clear();
         }
         self.shared.stats.preemptions(1);
