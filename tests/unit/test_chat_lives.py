@@ -135,11 +135,13 @@ class Life:
 def said(text: str, prediction: Prediction) -> History:
     """What a prompt has added."""
     result = outcome(prediction)
-    if not result.messages:
+    if result.stop_reason == "cancelled" and not result.tokens:
         return ()
     (answer,) = result.messages
     assert isinstance(answer, AssistantMessage)
     assert (answer.content, answer.reasoning) == (result.content, result.reasoning)
+    # Of reasoning the ids are found again where that is possible.
+    assert result.segments or answer.tokens == tuple(result.tokens)
     return (UserMessage(text), answer)
 
 
